@@ -1,0 +1,146 @@
+"""The small shared types, and the shape legend that every docstring uses.
+
+**E** episodes (independent tunings in one pass), **B** images, **V** views per image, **K** classes,
+**N** context tokens, **T** tokens, **S** packed suffix tokens, **W** text width, **D** joint dimension.
+
+This module imports no torch, so that the wire layer can name results without loading a framework.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Params: TypeAlias = dict[str, Tensor]
+    """The only thing ever tuned, saved or compared; every tensor has a leading E."""
+else:
+    Params = dict
+
+FloatArray: TypeAlias = NDArray[np.float32]
+
+SCORE_KINDS = ("softmax", "cosine", "logit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What a caller asks for; None means the model's own default."""
+
+    method: str | None = None
+    host: str | None = None
+    scope: str = "auto"
+    steps: int | None = None
+    views: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be run: a `Tuning` with every default filled in. `skip` says why nothing will be tuned."""
+
+    method: str
+    host: str | None
+    scope: str
+    steps: int
+    views: int
+    seed: int
+    skip: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """What happened to one image. Entropies and KL in nats on the original view, before the temperature."""
+
+    method: str
+    host: str | None
+    scope: str
+    status: str
+    reason: str | None
+    steps: int
+    steps_requested: int
+    views: int
+    views_requested: int
+    views_kept: int
+    entropy_before: float
+    entropy_after: float
+    kl: float
+    label_changed: bool
+    accepted: bool
+    temperature: float
+    ms: float
+    digest: str
+
+
+@dataclass(frozen=True, eq=False)
+class ImageResult:
+    """Scores of one image over all K classes, before and after.
+
+    `cosines` and `baseline_cosines` are (K,) float32; logits are `scale * cosine`, and the answer's are
+    divided by `adaptation.temperature`, which keeps the confidence of a tuned answer calibrated.
+    """
+
+    cosines: FloatArray
+    baseline_cosines: FloatArray
+    scale: float
+    adaptation: Adaptation
+
+    def scores(self, kind: str = "softmax") -> FloatArray:
+        """The answer's scores, (K,): one of `SCORE_KINDS`."""
+        return _scores(self.cosines, self.scale, self.adaptation.temperature, kind)
+
+    def baseline_scores(self, kind: str = "softmax") -> FloatArray:
+        """What plain zero-shot says, (K,)."""
+        return _scores(self.baseline_cosines, self.scale, 1.0, kind)
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """One result per image, in the order they were given, and what it cost."""
+
+    results: tuple[ImageResult, ...]
+    text_cache: str
+    image_passes: int
+    text_passes: int
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a client may know of the loaded model; every value is plain JSON."""
+
+    name: str
+    weights_sha256: str
+    fingerprint: str
+    device: str
+    dtype: str
+    image_size: int
+    joint_dim: int
+    context_length: int
+    parameters: int
+    logit_scale: float
+    text_path: str
+    text_path_note: str | None
+    root: bool
+    methods: tuple[str, ...]
+    hosts: tuple[str, ...]
+    default_method: str
+    batch_from: int
+    defaults: dict[str, dict[str, float | int | str]]
+    shapes: dict[str, int]
+
+
+def _scores(cosines: FloatArray, scale: float, temperature: float, kind: str) -> FloatArray:
+    if kind == "cosine":
+        return cosines
+    logits = (cosines * np.float32(scale) / np.float32(temperature)).astype(np.float32)
+    if kind == "logit":
+        return logits
+    if kind != "softmax":
+        raise ValueError(f"no score kind {kind!r}; choose one of {', '.join(SCORE_KINDS)}")
+    shifted = np.exp(logits - logits.max())
+    return (shifted / shifted.sum()).astype(np.float32)
