@@ -1,0 +1,34 @@
+# Every target sets itself up: in a fresh clone, `make demo` or `make test` is all there is to type.
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LOCK := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet
+
+.PHONY: install check test demo serve lock audit
+
+install: $(READY)
+
+$(READY): requirements/install.sh requirements/lock.txt requirements/uv.txt pyproject.toml
+	bash requirements/install.sh $(VENV)
+	touch $@
+
+check: $(READY)
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/mypy --strict && $(BIN)/lint-imports
+
+test: export OMP_WAIT_POLICY = PASSIVE
+test: check
+	$(BIN)/python -m pytest
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+serve: $(READY)
+	$(BIN)/python -m server
+
+lock: $(READY)
+	$(BIN)/uv pip compile $(LOCK) --extra demo --extra dev pyproject.toml -o requirements/lock.txt
+	echo uv | $(BIN)/uv pip compile $(LOCK) - -o requirements/uv.txt
+
+audit: $(READY)
+	$(BIN)/uv tool run pip-audit --disable-pip --require-hashes -r requirements/lock.txt
