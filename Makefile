@@ -31,4 +31,4 @@ lock: $(READY)
 	echo uv | $(BIN)/uv pip compile $(LOCK) - -o requirements/uv.txt
 
 audit: $(READY)
-	$(BIN)/uv tool run pip-audit --disable-pip --require-hashes -r requirements/lock.txt
+	$(BIN)/uv tool run pip-audit@2.10.1 --strict --disable-pip --require-hashes -r requirements/lock.txt

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -23,6 +24,8 @@ import httpx
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
 
 PHOTOS = {  # file in skimage/data -> what a person would call it, in the words of CLASSES
     "astronaut.png": "astronaut",
@@ -65,7 +68,11 @@ def running_server(log: Path) -> Iterator[str]:
     environment |= {"GRAM_HOST": "127.0.0.1", "GRAM_PORT": str(port), "GRAM_MODEL": "gram-mini"}
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "server"], env=environment, stdout=sink, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "server"],
+            cwd=ROOT,
+            env=environment,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
         )
     try:
         url = f"http://127.0.0.1:{port}"
@@ -107,13 +114,16 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
 
 def classify(url: str, photos: dict[str, bytes], classes: list[str]) -> dict[str, Any]:
     """Post all photographs in one multipart request; the answer as it came."""
-    response = httpx.post(
-        f"{url}/classify",
-        files=[("image", (name, data, MEDIA_TYPES[Path(name).suffix])) for name, data in photos.items()],
-        data={"classes": classes},
-        timeout=REQUEST_SECONDS,
-        trust_env=False,
-    )
+    try:
+        response = httpx.post(
+            f"{url}/classify",
+            files=[("image", (name, data, MEDIA_TYPES[Path(name).suffix])) for name, data in photos.items()],
+            data={"classes": classes},
+            timeout=REQUEST_SECONDS,
+            trust_env=False,
+        )
+    except httpx.TransportError as error:
+        raise DemoFailed(f"/classify gave no answer ({type(error).__name__})") from error
     if response.status_code != 200:
         raise DemoFailed(f"/classify answered {response.status_code}: {response.text[:500]}")
     answer: dict[str, Any] = response.json()
@@ -147,15 +157,16 @@ def top_one(side: dict[str, Any], truth: str) -> str:
 def summary_of(answer: dict[str, Any], seconds: float) -> str:
     """What was done, in three lines."""
     results, truths = answer["results"], list(PHOTOS.values())
-    adaptation = results[0]["adaptation"]
+    adaptations = [result["adaptation"] for result in results]
+    first = adaptations[0]
     before = sum(r["baseline"]["label"] == truth for r, truth in zip(results, truths, strict=True))
     after = sum(r["label"] == truth for r, truth in zip(results, truths, strict=True))
-    reasons = sorted({r["adaptation"]["reason"] for r in results} - {None})
+    outcomes = Counter("/".join(filter(None, (a["status"], a["reason"]))) for a in adaptations)
     return (
         f"{len(truths)} photographs, {len(CLASSES)} class names, one request: {seconds * 1000:.0f} ms; "
         f"as a person would say: {before} before, {after} after\n"
-        f"method {adaptation['method']}, scope {adaptation['scope']}, {adaptation['steps']} steps, "
-        f"{adaptation['views']} views; status {adaptation['status']}, reason {', '.join(reasons) or 'none'}\n"
+        f"method {first['method']}, scope {first['scope']}, {first['steps']} steps, {first['views']} views; "
+        f"status: {', '.join(f'{outcome} ({count})' for outcome, count in outcomes.items())}\n"
         f"model {answer['model']['name']} (weights {answer['model']['weights_sha256'][:12]})"
     )
 
