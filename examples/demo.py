@@ -188,9 +188,8 @@ def main() -> int:
                 console.print(summary_of(answer, seconds), markup=False, highlight=False)
         except DemoFailed as failure:
             tail = log.read_text(errors="replace").splitlines()[-30:] if log.exists() else []
-            console.print(
-                "\n".join(["last lines of the server's log:", *tail]), markup=False, highlight=False
-            )
+            for line in ("last lines of the server's log:", *tail):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
             console.print(f"demo failed: {failure}", style="bold red", markup=False, highlight=False)
             return 1
     console.print("server stopped with exit code 0", highlight=False)
