@@ -23,7 +23,10 @@ fi
 
 # uv reads none of pip's settings: hand over those that say where packages come from.
 while read -r theirs ours; do
-    if [ -n "${!theirs:-}" ] && [ -z "${!ours:-}" ]; then export "$ours=${!theirs}"; fi
+    if [ -z "${!theirs:-}" ] || [ -n "${!ours:-}" ]; then continue; fi
+    # pip passes over a folder that is not there; uv stops.
+    if [ "$theirs" = PIP_FIND_LINKS ] && [[ ${!theirs} != *://* && ! -d ${!theirs} ]]; then continue; fi
+    export "$ours=${!theirs}"
 done <<'SETTINGS'
 PIP_INDEX_URL UV_DEFAULT_INDEX
 PIP_EXTRA_INDEX_URL UV_INDEX
