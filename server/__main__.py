@@ -1,0 +1,179 @@
+"""`python -m server`: read the settings, take the port, serve until told to stop.
+
+Exit codes: 0 stopped in good order, 64 settings, 65 model, 69 port, 70 the engine ended, 80 the device
+failed, 83 work was abandoned after GRAM_DRAIN_S. The last line on stderr says why.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from types import FrameType
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from gram_core.errors import DeviceError, GramError
+from server.app import Service, create_app
+from server.errors import ApiError
+from server.settings import InvalidSettings, Settings, read_settings, usage
+
+OK, BAD_SETTINGS, BAD_MODEL, NO_PORT, ENGINE_ENDED, DEVICE_FAILED, ABANDONED = 0, 64, 65, 69, 70, 80, 83
+LAST_RESORT_S = 2.0  # a process whose device is broken may hang on its way out
+
+log = logging.getLogger("server")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per line, whatever the message holds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=repr)
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's parser, answering what isn't HTTP with our envelope."""
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer and hang up; `msg` is uvicorn's own sentence."""
+        body = ApiError("malformed_body", "the request is not HTTP/1.1").envelope("")
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        log.debug(msg)
+        self.transport.write(STATUS_LINE[400] + head.encode() + body)
+        self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, with an exit code, and with a second signal that means now."""
+
+    code = OK
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+        service.engine.on_end = self.engine_ended
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """First signal: finish what was admitted. Second: leave."""
+        if self.should_exit:
+            os._exit(128 + sig)
+        self.service.draining = True
+        self.should_exit = True
+
+    def engine_ended(self, error: BaseException) -> None:
+        """Called from the engine's thread: nothing more can be answered."""
+        if isinstance(error, DeviceError):
+            self.code = DEVICE_FAILED
+        elif isinstance(error, GramError):
+            self.code = BAD_MODEL
+        else:
+            self.code = ENGINE_ENDED
+        last = threading.Timer(LAST_RESORT_S, os._exit, (self.code,))
+        last.daemon = True
+        last.start()
+        self.should_exit = True
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the server; returns the exit code."""
+    if "--help" in argv or "-h" in argv:
+        sys.stdout.write(usage())
+        return OK
+    try:
+        settings = read_settings(argv)
+    except InvalidSettings as error:
+        return _refuse(BAD_SETTINGS, str(error))
+    _log_to_stderr(settings.log_level)
+    try:
+        port = _bind(settings)
+    except OSError as error:
+        return _refuse(NO_PORT, f"can't listen on {settings.host}:{settings.port}: {error.strerror}")
+    try:
+        _fetch(settings)
+    except GramError as error:
+        return _refuse(BAD_MODEL, error.message)
+    return _serve(settings, port)
+
+
+def _serve(settings: Settings, port: socket.socket) -> int:
+    app = create_app(settings)
+    service: Service = app.state.service
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        loop="uvloop",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=settings.drain_s,
+    )
+    server = Server(config, service)
+    host, number = port.getsockname()[:2]
+    log.info("listening", extra={"fields": {"host": host, "port": number, "model": settings.model}})
+    server.run(sockets=[port])
+    failure = service.engine.failure
+    if server.code != OK:
+        message = (
+            failure.message if isinstance(failure, GramError) else "the engine ended; its traceback is above"
+        )
+        return _refuse(server.code, message)
+    if not service.engine.idle:
+        return _refuse(ABANDONED, f"work was still unfinished after {settings.drain_s} s (GRAM_DRAIN_S)")
+    log.info("stopped", extra={"fields": {"code": OK}})
+    return OK
+
+
+def _bind(settings: Settings) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    port = socket.socket(family, kind, protocol)
+    port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    port.bind(address)
+    return port
+
+
+def _fetch(settings: Settings) -> None:
+    from gram_core.backbone import fetch  # torch, and only here
+
+    fetch(settings.model, settings.model_dir, settings.offline)
+
+
+def _log_to_stderr(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+def _refuse(code: int, message: str) -> int:
+    """The last line: why the process ends."""
+    sys.stderr.write(json.dumps({"level": "critical", "event": message, "code": code}) + "\n")
+    return code
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    code = main(sys.argv[1:])
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)  # the engine's thread may still be loading, or stuck in a driver

@@ -1,0 +1,499 @@
+"""The app: its routes, and the path of one classification through them.
+
+`create_app` wires settings, engine, limits and routes; nothing here is global. Decoding, parsing and
+formatting happen in two small pools, the model runs in the engine's thread, and the event loop only waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import parse_qsl
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from gram_core import __version__
+from gram_core.errors import GramError, InvalidClasses
+from gram_core.types import Answer
+from server import images
+from server.answers import ClassifyAnswer, ErrorAnswer, classification
+from server.engine import Classifier, Engine, Job
+from server.errors import STATUS, ApiError, from_core
+from server.images import Checked
+from server.ingress import (
+    Budget,
+    Exchange,
+    Ingress,
+    Lease,
+    declared_length,
+    exchange_of,
+    read_body,
+    split_multipart,
+    unless_gone,
+)
+from server.metrics import CONTENT_TYPE, Metrics
+from server.schemas import (
+    ClassifyRequest,
+    Posted,
+    Question,
+    ask,
+    bound_images,
+    bound_predictions,
+    question_of,
+    read_json,
+)
+from server.settings import BYTES_PER_PIXEL, Settings
+
+SMALL = 32_768  # bodies up to this many bytes are parsed on the spot
+RAW_TYPES = ("application/octet-stream", "image/")
+T = TypeVar("T")
+
+
+def create_app(
+    settings: Settings,
+    classifier: Classifier | None = None,
+    *,
+    load: Callable[[], Classifier] | None = None,
+) -> FastAPI:
+    """The server as an ASGI app.
+
+    Args:
+        settings: every limit and default; see `server.settings`.
+        classifier: one that is loaded already, for example `server.fake.FakeClassifier()`.
+        load: makes one instead, in the engine's thread; without either, `settings` names the model.
+    """
+    if classifier is not None and load is not None:
+        raise ValueError("Use either 'classifier' or 'load', not both.")
+    if classifier is not None:
+        load = lambda: classifier  # noqa: E731
+    service = Service(settings, load or (lambda: _load(settings)))
+    app = FastAPI(
+        title="GRAM",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=service.lifespan,
+        exception_handlers={HTTPException: _refused_by_framework},
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+    )
+    app.state.service = service
+    for path in ("/v1/classify", "/classify"):
+        app.add_api_route(
+            path,
+            service.classify,
+            methods=["POST"],
+            operation_id=path.strip("/").replace("/", "_"),
+            summary="Classify images, before and after adaptation",
+            openapi_extra={"requestBody": _request_body()},
+            responses=_responses(ClassifyAnswer, *sorted({*STATUS.values()} - {404, 405})),
+        )
+    probes: dict[str, Callable[[], Any]] = {"/livez": service.livez, "/startupz": service.startupz}
+    for path in ("/readyz", "/health", "/healthz", "/ping"):
+        probes[path] = service.readyz
+    for path, probe in probes.items():
+        app.add_api_route(path, probe, operation_id=path[1:], responses=_responses(None, 503))
+        app.add_api_route(path, probe, methods=["HEAD"], include_in_schema=False)
+    app.add_api_route("/info", service.info, operation_id="info", responses=_responses(None, 503))
+    app.add_api_route("/metrics", service.scrape, operation_id="metrics")
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.add_middleware(
+        Ingress,
+        settings=settings,
+        metrics=service.metrics,
+        paths=frozenset(route.path for route in app.routes if hasattr(route, "path")),
+        model=service.model_tag,
+    )
+    return app
+
+
+class Service:
+    """What the routes share: the engine, the pools and the byte budget of one app."""
+
+    def __init__(self, settings: Settings, load: Callable[[], Classifier]) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.engine = Engine(load, settings, self.metrics)
+        self.budget = Budget(settings.max_inflight_bytes, self.metrics)
+        self.draining = False
+        self.started = time.time()
+        self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
+        self._desk = ThreadPoolExecutor(2, "desk")  # parsing and formatting, never behind a slow decode
+
+    @asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """The engine loads while requests are already answered (503), and finishes its work at the end."""
+        self.engine.start()
+        try:
+            yield
+        finally:
+            self.draining = True
+            await asyncio.to_thread(self.engine.stop)
+            self._decoders.shutdown(wait=False, cancel_futures=True)
+            self._desk.shutdown(wait=False, cancel_futures=True)
+
+    def model_tag(self) -> str | None:
+        """Twelve digits that tell one model from another."""
+        return self.engine.classifier.info.weights_sha256[:12] if self.engine.classifier is not None else None
+
+    # ---- classification ----
+
+    async def classify(self, request: Request) -> Response:
+        """Answer one request; whatever it holds is given back on every way out."""
+        exchange = exchange_of(request.scope)
+        classifier = self._classifier()
+        media = _media_type(request.headers)
+        length = declared_length(request.headers, self.settings.max_body_bytes)
+        lease = self.budget.lease(self.settings.max_body_bytes if length is None else length)
+        try:
+            body = await read_body(exchange, request.receive, self.settings)
+            lease.grow(len(body) - lease.size)
+            exchange.stage = "decode"
+            work = self._answer(request, classifier, media, body, exchange, lease)
+            return await unless_gone(request.receive, work)
+        finally:
+            lease.release()
+
+    async def _answer(
+        self,
+        request: Request,
+        classifier: Classifier,
+        media: str,
+        body: bytes,
+        exchange: Exchange,
+        lease: Lease,
+    ) -> Response:
+        if media == "application/json" and len(body) <= SMALL:
+            question, posted = self._read(request, media, body)
+        else:
+            question, posted = await self._at_desk(self._read, request, media, body)
+        timeout_ms = question.timeout_ms or self.settings.timeout_ms
+        try:
+            async with asyncio.timeout((timeout_ms - exchange.elapsed_ms()) / 1000):
+                return await self._classify(classifier, question, posted, exchange, lease, timeout_ms)
+        except TimeoutError:  # the engine says the same of a job whose time is up when its turn comes
+            self.metrics.rejected.labels("deadline").inc()
+            raise ApiError("deadline_exceeded", f"no answer within {timeout_ms} ms (timeout_ms)") from None
+
+    async def _classify(
+        self,
+        classifier: Classifier,
+        question: Question,
+        posted: list[Posted],
+        exchange: Exchange,
+        lease: Lease,
+        timeout_ms: int,
+    ) -> Response:
+        engine, times = self.engine, exchange.timings_ms
+        class_set = await self._at_desk(_class_set, classifier, question)
+        tuning = question.adaptation.tuning()
+        plan = _planned(classifier, question, len(posted), class_set)
+        with engine.place(classifier.cost(plan, len(posted), class_set)) as place:
+            began = exchange.elapsed_ms()
+            items = await self._decode(classifier, question, posted, lease)
+            times["decode"] = exchange.elapsed_ms() - began
+            prepared = [item for item in items if not isinstance(item, ApiError)]
+            answer: Answer | None = None
+            if prepared:
+                if len(prepared) != len(posted):
+                    plan = classifier.plan(tuning, len(prepared), class_set)
+                    engine.reprice(place, classifier.cost(plan, len(prepared), class_set))
+                exchange.stage = "queue"
+                left_s = (timeout_ms - exchange.elapsed_ms()) / 1000
+                job = Job(place, prepared, class_set, plan, engine.clock() + left_s)
+                answer = await self._run(job, lease, exchange)
+                times |= {"queue": job.queue_ms, **answer.timings_ms}
+                self.metrics.observe(answer, place.cost, times)
+        exchange.stage = "serialise"
+        times["total"] = exchange.elapsed_ms()
+        content = await self._at_desk(
+            lambda: classification(
+                request_id=exchange.request_id,
+                created=int(time.time()),
+                model=classifier.info,
+                class_set=class_set,
+                score=question.score,
+                top_k=question.top_k,
+                items=[(image.id, item) for image, item in zip(posted, items, strict=True)],
+                answer=answer,
+                cost=place.cost if answer is not None else 0.0,
+                timings_ms=times,
+            )
+        )
+        spent_ms = exchange.elapsed_ms() - times["total"]
+        self.metrics.stage_seconds.labels("serialise").observe(spent_ms / 1000)
+        return Response(content, media_type="application/json")
+
+    def _read(self, request: Request, media: str, body: bytes) -> tuple[Question, list[Posted]]:
+        """What is asked, and the images, from any of the three forms of a request."""
+        settings = self.settings
+        query = request.scope["query_string"]
+        if media not in ("application/json", "multipart/form-data"):
+            question = question_of(_query(query), settings)
+            return question, [Posted(body)]
+        if query:
+            raise ApiError("invalid_request", "query parameters go with a raw image body only.")
+        if media == "application/json":
+            request_ = ask(ClassifyRequest, read_json(body), settings)
+            bound_predictions(request_, len(request_.images))
+            return request_, request_.images
+        parts = split_multipart(
+            body,
+            request.headers["content-type"],
+            max_parts=settings.max_images + settings.max_classes + 128,
+        )
+        posted = [Posted(bytes(part.data)) for part in parts if part.name == "image"]
+        bound_images(len(posted), settings)
+        others = [(part.name, bytes(part.data)) for part in parts if part.name != "image"]
+        if [name for name, _ in others] == ["request"]:
+            question = ask(Question, read_json(others[0][1]), settings)
+        elif any(name == "request" for name, _ in others):
+            raise ApiError("invalid_request", "send either one request part or plain fields, not both.")
+        else:
+            question = question_of([(name, _text(data)) for name, data in others], settings)
+        bound_predictions(question, len(posted))
+        return question, posted
+
+    async def _decode(
+        self, classifier: Classifier, question: Question, posted: list[Posted], lease: Lease
+    ) -> list[Any]:
+        """Each image prepared for the classifier, or the `ApiError` it gets instead."""
+        checked = await self._in_pool(
+            images.check, [image.data for image in posted], self.settings, self.metrics
+        )
+        _first_refusal(checked, question)
+        pixels = BYTES_PER_PIXEL * sum(item.pixels for item in checked if isinstance(item, Checked))
+        lease.grow(pixels)
+        turn = asyncio.Semaphore(self.settings.decode_threads)  # one request never fills the pool's queue
+
+        async def one(index: int, item: Checked | ApiError) -> Any:
+            if isinstance(item, ApiError):
+                return item
+            async with turn:
+                return await self._in_pool(
+                    images.load, item, index, self.settings, self.metrics, classifier.prepare
+                )
+
+        items = await asyncio.gather(*(one(index, item) for index, item in enumerate(checked)))
+        _first_refusal(items, question)
+        kept = sum(item.nbytes for item in items if not isinstance(item, ApiError))
+        lease.grow(min(0, kept - pixels))
+        return items
+
+    async def _run(self, job: Job, lease: Lease, exchange: Exchange) -> Answer:
+        loop = asyncio.get_running_loop()
+        try:
+            return await self.engine.submit(job)
+        except GramError as error:
+            raise from_core(error) from error
+        finally:
+            if job.future.running():  # the caller has gone, but the engine still holds these images
+                exchange.stage = "adapt"
+                held = lease.size
+                lease.size = 0
+
+                def give_back(_: Any) -> None:
+                    with suppress(RuntimeError):  # the loop is closed
+                        loop.call_soon_threadsafe(self.budget.take, -held)
+
+                job.future.add_done_callback(give_back)
+
+    async def _in_pool(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, work, *args)
+
+    async def _at_desk(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._desk, work, *args)
+
+    def _classifier(self) -> Classifier:
+        if self.draining:
+            self.metrics.rejected.labels("draining").inc()
+            raise ApiError("draining", "the server is stopping; ask another one.")
+        if self.engine.failure is not None:
+            raise ApiError("accelerator_failed", "the engine has stopped; this process is being replaced.")
+        if self.engine.classifier is None or not self.engine.ready:
+            raise ApiError("not_ready", "the model is still being loaded; try again later.", retry_after=5)
+        return self.engine.classifier
+
+    # ---- probes and facts ----
+
+    async def livez(self) -> Response:
+        """Whether the process is worth keeping."""
+        alive = self.engine.alive
+        return JSONResponse({"status": "ok" if alive else "dead"}, 200 if alive else 503)
+
+    async def readyz(self) -> Response:
+        """Whether to send requests here. The queue's length is not a check: 429 does that job."""
+        checks = {
+            "engine": self.engine.alive,
+            "model": self.engine.phase in ("warmup", "ready"),
+            "warmup": self.engine.phase == "ready",
+            "not_draining": not self.draining,
+        }
+        ready = all(checks.values())
+        content = {"status": "ready" if ready else "not_ready", "checks": checks}
+        return JSONResponse(content, 200 if ready else 503)
+
+    async def startupz(self) -> Response:
+        """How far start-up is."""
+        phase = self.engine.phase
+        content = {"phase": phase, "seconds": round(self.engine.startup_s, 3)}
+        return JSONResponse(content, 200 if phase == "ready" else 503)
+
+    async def info(self) -> Response:
+        """What is served, and every limit that a client needs."""
+        if self.engine.classifier is None:
+            raise ApiError("not_ready", "the model is still being loaded; try again later.", retry_after=5)
+        settings = self.settings
+        limits = {name: value for name, value in settings if name.startswith("max_")}
+        content = {
+            "version": __version__,
+            "model": asdict(self.engine.classifier.info),
+            "limits": limits,
+            "timeout_ms": settings.timeout_ms,
+            "queue_seconds": settings.queue_seconds,
+            "cost_rate": self.engine.rate,
+            "uptime_seconds": round(time.time() - self.started, 1),
+        }
+        return JSONResponse(content)
+
+    async def scrape(self) -> Response:
+        """Prometheus text."""
+        if self.engine.classifier is not None:
+            self.metrics.serving(__version__, self.engine.classifier.info)
+        return Response(self.metrics.render(), media_type=CONTENT_TYPE)
+
+
+def _load(settings: Settings) -> Classifier:
+    from gram_core.classifier import Classifier as Loaded  # torch, and only here
+
+    return Loaded.load(
+        settings.model,
+        device=settings.device,
+        precision=settings.precision,
+        model_dir=settings.model_dir,
+        weights_sha256=settings.weights_sha256,
+        text_cache_bytes=settings.text_cache_bytes,
+        kl_cap=settings.kl_cap,
+        default_method=settings.default_method,
+        default_steps=settings.default_steps,
+        default_views=settings.default_views,
+        default_batch_views=settings.default_batch_views,
+    )
+
+
+def _class_set(classifier: Classifier, question: Question) -> Any:
+    try:
+        return classifier.class_set(question.classes, question.templates)
+    except InvalidClasses as error:
+        field = "templates" if error.code in ("bad_template", "templates_not_allowed") else "classes"
+        raise from_core(error, field) from error
+
+
+def _planned(classifier: Classifier, question: Question, images_: int, class_set: Any) -> Any:
+    host = question.adaptation.host
+    if host is not None and host not in classifier.info.hosts:
+        known = ", ".join(classifier.info.hosts)
+        sentence = f"no such host on this model. It has {known}."
+        raise ApiError("method_unavailable", sentence, param="adaptation.host")
+    try:
+        return classifier.plan(question.adaptation.tuning(), images_, class_set)
+    except GramError as error:
+        raise from_core(error) from error
+
+
+def _first_refusal(items: list[Any], question: Question) -> None:
+    for item in items:
+        if isinstance(item, ApiError) and question.errors == "fail":
+            raise item
+
+
+def _media_type(headers: Headers) -> str:
+    media, _, parameters = headers.get("content-type", "").partition(";")
+    media = media.strip().lower()
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError("unsupported_media_type", "no content encoding is supported; send the body as it is.")
+    if media == "application/json":
+        charset = parameters.lower().partition("charset=")[2].strip(' "')
+        if charset in ("", "utf-8", "utf8"):
+            return media
+    elif media == "multipart/form-data" or media.startswith(RAW_TYPES):
+        return media
+    sentence = "send application/json in UTF-8, multipart/form-data, or one image as the raw body."
+    raise ApiError("unsupported_media_type", sentence)
+
+
+def _query(query: bytes) -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict")
+    except ValueError:
+        raise ApiError("malformed_body", "the query string is not UTF-8 in percent encoding.") from None
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ApiError("malformed_body", "a field of the form is not UTF-8.") from None
+
+
+async def _refused_by_framework(_: Request, error: Exception) -> NoReturn:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        refusal = ApiError("method_not_allowed", "this path has other methods.")
+        refusal.headers |= {"allow": (error.headers or {}).get("Allow", "")}
+    elif error.status_code == 404:
+        refusal = ApiError("not_found", "no such path.")
+    else:
+        refusal = ApiError("malformed_body", "the request can't be read.")
+    raise refusal from error
+
+
+# ---- the OpenAPI document ----
+
+
+def _request_body() -> dict[str, Any]:
+    reference = {"$ref": "#/components/schemas/ClassifyRequest"}
+    form = {
+        "type": "object",
+        "required": ["image"],
+        "properties": {
+            "image": {"type": "array", "items": {"type": "string", "format": "binary"}},
+            "request": {"$ref": "#/components/schemas/Question"},
+            "classes": {"type": "array", "items": {"type": "string"}},
+        },
+    }
+    return {
+        "required": True,
+        "content": {
+            "application/json": {"schema": reference},
+            "multipart/form-data": {"schema": form},
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
+
+
+def _responses(answer: Any, *statuses: int) -> dict[int | str, dict[str, Any]]:
+    responses: dict[int | str, dict[str, Any]] = {status: {"model": ErrorAnswer} for status in statuses}
+    return {**({200: {"model": answer}} if answer is not None else {}), **responses}
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        asked: list[tuple[type[BaseModel], Any]] = [(ClassifyRequest, "validation"), (Question, "validation")]
+        _, schemas = models_json_schema(asked, ref_template="#/components/schemas/{model}")
+        document["components"]["schemas"] |= schemas["$defs"]
+        app.openapi_schema = document
+    return app.openapi_schema

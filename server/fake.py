@@ -1,0 +1,155 @@
+"""A classifier without a model, for testing clients and the server itself.
+
+Its scores are made from the bytes of the image and the name of the class, so an answer that reaches the
+wrong caller is a wrong answer. It is never used unless it is passed to `create_app`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from gram_core.errors import InvalidClasses, MethodUnavailable
+from gram_core.images import DecodedImage
+from gram_core.types import Adaptation, Answer, FloatArray, ImageResult, ModelInfo, Plan, Tuning
+
+SCALE = 10.0
+CONTEXT = 77
+BATCH_FROM = 8
+
+
+@dataclass(frozen=True)
+class FakePrepared:
+    """What the fake keeps of an image."""
+
+    sha256: bytes
+    width: int
+    height: int
+    format: str
+    notes: tuple[str, ...]
+    nbytes: int = 0
+
+
+@dataclass(frozen=True)
+class FakeClassSet:
+    """Names and an id."""
+
+    names: tuple[str, ...]
+    id: str
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class FakeClassifier:
+    """The interface of `gram_core.classifier.Classifier`; subclass it to make it slow or to make it fail."""
+
+    def __init__(self) -> None:
+        self.info = ModelInfo(
+            name="fake",
+            weights_sha256=hashlib.sha256(b"fake").hexdigest(),
+            fingerprint="fake",
+            device="cpu",
+            dtype="float32",
+            image_size=32,
+            joint_dim=8,
+            context_length=CONTEXT,
+            parameters=0,
+            logit_scale=SCALE,
+            text_path="fake",
+            text_path_note=None,
+            root=True,
+            methods=("infomax", "tpt", "none"),
+            hosts=("residual", "coop"),
+            default_method="infomax",
+            batch_from=BATCH_FROM,
+            defaults={"infomax": {"steps": 20, "views": 8}, "tpt": {"steps": 1, "views": 64}},
+            shapes={"image_chunk": 8},
+        )
+
+    def prepare(self, image: DecodedImage) -> FakePrepared:
+        """Keep the digest."""
+        return FakePrepared(image.sha256, image.width, image.height, image.format, image.notes)
+
+    def class_set(
+        self, classes: Sequence[str] | Mapping[str, Sequence[str]], templates: Sequence[str] | None = None
+    ) -> FakeClassSet:
+        """Refuse what a real tower refuses; one word counts as one token."""
+        for index, template in enumerate(templates or ()):
+            if template.count("{}") != 1 or template.count("{") + template.count("}") != 2:
+                message = f"template {index} must hold exactly one {{}} and no other brace."
+                raise InvalidClasses(message, code="bad_template", index=index)
+        for index, name in enumerate(classes):
+            if (tokens := len(name.split())) > CONTEXT:
+                message = f"class {index} needs {tokens} tokens, the text tower has {CONTEXT}."
+                raise InvalidClasses(message, code="class_text_too_long", index=index)
+        names = tuple(classes)
+        return FakeClassSet(names, "cs_" + hashlib.sha256(repr((names, templates)).encode()).hexdigest()[:32])
+
+    def plan(self, tuning: Tuning, images: int, classes: FakeClassSet) -> Plan:
+        """The same resolution as the real one's, in short."""
+        method = tuning.method or self.info.default_method
+        if method not in self.info.methods:
+            raise MethodUnavailable(f"this model has {', '.join(self.info.methods)} only.")
+        scope = "batch" if method == "infomax" else "image"
+        if tuning.scope not in ("auto", scope) and method != "none":
+            raise MethodUnavailable(f"method {method} has scope {scope} only.")
+        plan = Plan(method=method, host=None, scope=scope, steps=0, views=1, seed=tuning.seed)
+        if method == "none":
+            return replace(plan, skip="none_requested")
+        defaults = self.info.defaults[method]
+        plan = replace(
+            plan,
+            host=tuning.host or "residual",
+            steps=int(defaults["steps"]) if tuning.steps is None else tuning.steps,
+            views=int(defaults["views"]) if tuning.views is None else tuning.views,
+        )
+        if len(classes) == 1:
+            return replace(plan, skip="single_class")
+        if scope == "batch" and images < BATCH_FROM:
+            return replace(plan, skip="too_few_images")
+        return plan
+
+    def cost(self, plan: Plan, images: int, classes: FakeClassSet) -> float:
+        """Images times views; texts are free."""
+        return float(images * (1 if plan.skip else 1 + plan.views) + 0 * len(classes))
+
+    def classify(self, images: Sequence[FakePrepared], classes: FakeClassSet, plan: Plan) -> Answer:
+        """Scores from digests; adaptation doubles them."""
+        started = time.perf_counter()
+        results = tuple(self._result(image, classes, plan) for image in images)
+        ms = (time.perf_counter() - started) * 1000
+        return Answer(results, "miss", len(images), len(classes), {"text": 0.0, "image": ms, "adapt": 0.0})
+
+    def warm_up(self) -> None:
+        """Nothing to warm."""
+
+    def _result(self, image: FakePrepared, classes: FakeClassSet, plan: Plan) -> ImageResult:
+        digests = [hashlib.sha256(image.sha256 + name.encode()).digest() for name in classes.names]
+        cosines: FloatArray = np.array([digest[0] / 512 for digest in digests], dtype=np.float32)
+        tuned = cosines if plan.skip else (cosines * 2).astype(np.float32)
+        adaptation = Adaptation(
+            method=plan.method,
+            host=plan.host,
+            scope=plan.scope,
+            status="skipped" if plan.skip else "completed",
+            reason=plan.skip,
+            steps=0 if plan.skip else plan.steps,
+            steps_requested=plan.steps,
+            views=1 if plan.skip else plan.views,
+            views_requested=plan.views,
+            views_kept=1,
+            entropy_before=1.0,
+            entropy_after=1.0 if plan.skip else 0.5,
+            kl=0.0 if plan.skip else 0.1,
+            label_changed=False,
+            accepted=plan.skip is None,
+            temperature=1.0,
+            ms=0.0,
+            digest="sha256:" + hashlib.sha256(tuned.tobytes()).hexdigest(),
+        )
+        return ImageResult(tuned, cosines, SCALE, adaptation)

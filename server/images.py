@@ -1,0 +1,108 @@
+"""Images on the wire: base64 and data URLs in, checked bytes out, and every refusal as an `ApiError`.
+
+What an acceptable image is, and how it is decoded, is `gram_images`' business.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gram_core.errors import InvalidImage
+from gram_core.images import DecodedImage, ImageLimits, decode, inspect
+from server.errors import ApiError, from_core
+from server.metrics import Metrics
+from server.settings import Settings
+
+SLICE = 1 << 20  # characters decoded in one call, which holds the interpreter
+DATA_URL = re.compile(r"data:[^,]{0,256};base64,", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Encoded bytes whose header is within every limit."""
+
+    data: bytes
+    pixels: int
+
+
+def limits(settings: Settings) -> ImageLimits:
+    """What one image may be."""
+    return ImageLimits(
+        max_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_image_pixels,
+        max_aspect_ratio=settings.max_aspect_ratio,
+    )
+
+
+def check(posted: Sequence[str | bytes], settings: Settings, metrics: Metrics) -> list[Checked | ApiError]:
+    """Decode base64 and look at every header; the pixels of the whole request are bounded here."""
+    found: list[Checked | ApiError] = []
+    pixels = 0
+    for index, sent in enumerate(posted):
+        try:
+            data = _encoded(sent, index, settings.max_image_bytes)
+            header = inspect(data, limits(settings), index=index)
+        except InvalidImage as error:
+            metrics.decodes.labels("unknown", error.code).inc()
+            found.append(from_core(error, "images"))
+            continue
+        except ApiError as error:
+            metrics.decodes.labels("unknown", error.code).inc()
+            found.append(error)
+            continue
+        pixels += header.width * header.height
+        found.append(Checked(data, header.width * header.height))
+        if pixels > settings.max_request_pixels:
+            most = settings.max_request_pixels
+            sentence = (
+                f"the images have more than {most} pixels in all (GRAM_MAX_REQUEST_PIXELS). Send fewer."
+            )
+            raise ApiError("too_many_pixels", sentence, param="images")
+    return found
+
+
+def load(
+    image: Checked, index: int, settings: Settings, metrics: Metrics, prepare: Callable[[DecodedImage], Any]
+) -> Any:
+    """Pixels, ready for the classifier, or the `ApiError` that says why not."""
+    try:
+        decoded = decode(image.data, limits(settings), index=index)
+    except InvalidImage as error:
+        metrics.decodes.labels("unknown", error.code).inc()
+        return from_core(error, "images")
+    metrics.decodes.labels(decoded.format, "ok").inc()
+    metrics.pixels.observe(decoded.width * decoded.height)
+    return prepare(decoded)
+
+
+def _encoded(data: str | bytes, index: int, max_bytes: int) -> bytes:
+    if isinstance(data, str):
+        if (url := DATA_URL.match(data)) is not None:
+            data = data[url.end() :]
+        data = data.replace("\r", "").replace("\n", "")
+        if len(data) // 4 * 3 - 2 <= max_bytes:
+            return _base64(data, index)
+    if isinstance(data, bytes) and len(data) <= max_bytes:
+        return data
+    sentence = f"image {index} is larger than {max_bytes} bytes (GRAM_MAX_IMAGE_BYTES). Compress it."
+    raise ApiError("image_too_large", sentence, param=f"images.{index}")
+
+
+def _base64(text: str, index: int) -> bytes:
+    pieces = []
+    try:
+        if len(text) % 4:
+            raise binascii.Error
+        for start in range(0, len(text), SLICE):
+            piece = text[start : start + SLICE].encode("ascii")
+            if start + SLICE < len(text) and b"=" in piece:
+                raise binascii.Error
+            pieces.append(binascii.a2b_base64(piece, strict_mode=True))
+    except ValueError:  # binascii.Error and UnicodeEncodeError are both
+        sentence = f"image {index} is not base64: standard alphabet, with padding."
+        raise ApiError("invalid_base64", sentence, param=f"images.{index}") from None
+    return b"".join(pieces)

@@ -1,0 +1,320 @@
+"""What may be asked, as types.
+
+Types are strict and unknown fields are refused, so that a misspelt `adaptaton` can't switch adaptation
+off in silence. Refusals name fields by path or index and never repeat what the caller wrote.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from gram_core.types import Tuning
+from server.errors import ApiError
+from server.settings import Settings
+
+MAX_JSON_VALUES = 1_000_000  # a list of empty lists costs 70 bytes of memory for each 3 on the wire
+MAX_NAME, MAX_TEXT, MAX_TEXTS_PER_CLASS, MAX_TEMPLATES, MAX_ID = 256, 512, 100, 100, 128
+MAX_PREDICTIONS = 50_000
+URL = re.compile(r"(?!data:)[A-Za-z][A-Za-z0-9+.\-]*:|//", re.IGNORECASE)  # a reference instead of an image
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
+INTEGER = re.compile(r"-?[0-9]{1,18}")
+SPEAKING = {  # pydantic's own sentences, where they hold our limits and nothing of the input
+    "int_type": "must be an integer",
+    "string_type": "must be a string",
+    "model_type": "must be an object",
+    "dict_type": "must be an object",
+    "list_type": "must be a list",
+    "missing": "is required",
+}
+BOUNDED = {"greater_than_equal", "less_than_equal", "literal_error", "string_pattern_mismatch"}
+
+
+class Posted(NamedTuple):
+    """One image as posted: base64 text or raw bytes, and the caller's own name for it."""
+
+    data: str | bytes
+    id: str | None = None
+
+
+class Strict(BaseModel):
+    """Base of everything that is asked."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class Adaptation(Strict):
+    """How to adapt; a missing field means the model's own default."""
+
+    method: Literal["gram", "infomax", "tpt", "none"] | None = None
+    host: Annotated[str, Field(pattern=r"^[a-z_]{1,32}$")] | None = None
+    scope: Literal["auto", "image", "batch"] = "auto"
+    steps: Annotated[int, Field(ge=0, le=64)] | None = None
+    views: Annotated[int, Field(ge=1, le=128)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+
+    @field_validator("steps", "views")
+    @classmethod
+    def within_settings(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """The operator may set lower limits than the wire's."""
+        limit = getattr(_settings(info), f"max_{info.field_name}")
+        if value is not None and value > limit:
+            raise _invalid(f"must be at most {limit} on this server", f"adaptation.{info.field_name}")
+        return value
+
+    def tuning(self) -> Tuning:
+        """The core's form of it."""
+        return Tuning(**self.model_dump())
+
+
+class ClassSetReference(Strict):
+    """A class set posted before."""
+
+    class_set: str
+
+
+class ImageItem(Strict):
+    """An image and the caller's own name for it."""
+
+    data: str
+    id: Annotated[str, Field(min_length=1, max_length=MAX_ID)] | None = None
+
+
+Classes = list[str] | dict[str, list[str]]
+
+
+def _classes(value: Any, info: ValidationInfo) -> Classes:
+    settings = _settings(info)
+    if isinstance(value, dict):
+        if set(value) == {"class_set"} and isinstance(value["class_set"], str):
+            raise ApiError("class_sets_disabled", "this server keeps no class sets. Send the classes.")
+    elif not isinstance(value, list):
+        raise _invalid("must be a list of names, or an object of names and their sentences", "classes")
+    if len(value) > settings.max_classes:
+        sentence = (
+            f"{len(value)} classes, the limit is {settings.max_classes} (GRAM_MAX_CLASSES). Send fewer."
+        )
+        raise ApiError("too_many_classes", sentence, param="classes")
+    names = _names(list(value))
+    if isinstance(value, list):
+        return names
+    most = MAX_TEXTS_PER_CLASS
+    sentences = [_texts(own, f"classes.{index}", most) for index, own in enumerate(value.values())]
+    if any(not own for own in sentences):
+        raise _invalid("a class has no sentence; give at least one, or a list of names", "classes")
+    _bound_texts(sum(map(len, sentences)), settings)
+    return dict(zip(names, sentences, strict=True))
+
+
+def _templates(value: Any, _: ValidationInfo) -> list[str] | None:
+    return None if value is None else _texts(value, "templates", MAX_TEMPLATES)
+
+
+def _images(value: Any, info: ValidationInfo) -> list[Posted]:
+    if not isinstance(value, list):
+        raise _invalid("must be a list", "images")
+    bound_images(len(value), _settings(info))
+    return [_image(item, f"images.{index}") for index, item in enumerate(value)]
+
+
+class Question(Strict):
+    """Everything about a request but its images; the form and raw-body requests hold no more."""
+
+    classes: Annotated[Any, PlainValidator(_classes, json_schema_input_type=Classes | ClassSetReference)]
+    templates: Annotated[Any, PlainValidator(_templates, json_schema_input_type=list[str] | None)] = None
+    adaptation: Adaptation = Adaptation.model_construct()
+    top_k: Annotated[int, Field(ge=1, le=1000)] | None = 5
+    score: Literal["softmax", "cosine", "logit"] = "softmax"
+    errors: Literal["fail", "per_item"] = "fail"
+    timeout_ms: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def fits(self, info: ValidationInfo) -> Question:
+        """The rules between fields, and the operator's limits."""
+        settings = _settings(info)
+        if isinstance(self.classes, dict) and self.templates is not None:
+            sentence = "templates don't go with sentences per class. Leave one of them out."
+            raise ApiError("templates_not_allowed", sentence, param="templates")
+        if isinstance(self.classes, list):
+            _bound_texts(len(self.classes) * max(1, len(self.templates or ())), settings)
+        if len(self.classes) == 1 and self.score == "softmax":
+            raise _invalid("with one class the softmax is always 1; ask for cosine or logit", "score")
+        if self.timeout_ms is not None and self.timeout_ms > settings.max_timeout_ms:
+            raise _invalid(f"must be at most {settings.max_timeout_ms} (GRAM_MAX_TIMEOUT_MS)", "timeout_ms")
+        return self
+
+
+class ClassifyRequest(Question):
+    """The JSON body of `/v1/classify`."""
+
+    images: Annotated[Any, PlainValidator(_images, json_schema_input_type=list[str | ImageItem])]
+
+
+# ---- reading ----
+
+
+def read_json(body: bytes) -> Any:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN, bounded in values and in depth."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise ApiError("malformed_body", f"the JSON body has more than {MAX_JSON_VALUES} values.")
+    try:
+        return json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        sentence = "the body is not JSON: UTF-8, unique keys, finite numbers."
+        raise ApiError("malformed_body", sentence) from None
+
+
+def ask(kind: type[Question], data: Any, settings: Settings) -> Any:
+    """Validate `data`; the first thing wrong with it becomes the answer."""
+    if not isinstance(data, dict):
+        raise ApiError("invalid_request", "the request must be a JSON object.")
+    try:
+        return kind.model_validate(data, context=settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        path, wrong = list(first["loc"]), first["type"]
+        if wrong == "extra_forbidden":  # the last step is the caller's own word
+            fields = Adaptation.model_fields if path[:-1] else kind.model_fields
+            close = difflib.get_close_matches(str(path[-1]), fields, n=1)
+            hint = f"perhaps {close[0]} was meant" if close else f"known here: {', '.join(sorted(fields))}"
+            raise _invalid(f"unknown field; {hint}", ".".join(map(str, path[:-1])) or None) from None
+        sentence = SPEAKING.get(wrong) or (_lower(first["msg"]) if wrong in BOUNDED else "is not valid")
+        raise _invalid(sentence, ".".join(map(str, path))) from None
+
+
+def question_of(fields: Iterable[tuple[str, str]], settings: Settings) -> Question:
+    """The form and query way to ask: repeated names make lists, digits make integers."""
+    data: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for name, text in fields:
+        into = options if name in Adaptation.model_fields else data
+        value: Any
+        if name == "class_set":
+            name, value = "classes", {"class_set": text}
+        elif name in ("classes", "templates"):
+            into.setdefault(name, []).append(text)
+            continue
+        else:
+            value = int(text) if INTEGER.fullmatch(text) else text
+        if name in into or name == "adaptation":
+            raise _invalid("a field is given twice, or can't be given in a form", None)
+        into[name] = value
+    question: Question = ask(Question, {**data, "adaptation": options}, settings)
+    return question
+
+
+def bound_images(count: int, settings: Settings) -> None:
+    """1 to GRAM_MAX_IMAGES."""
+    if count == 0:
+        raise _invalid("no image; send at least one", "images")
+    if count > settings.max_images:
+        sentence = f"{count} images, the limit is {settings.max_images} (GRAM_MAX_IMAGES). Send fewer."
+        raise ApiError("too_many_images", sentence, param="images")
+
+
+def bound_predictions(question: Question, images: int) -> None:
+    """A bound on the size of the answer."""
+    each = min(question.top_k or len(question.classes), len(question.classes))
+    if images * each > MAX_PREDICTIONS:
+        raise _invalid(f"{images} images x {each} predictions; {MAX_PREDICTIONS} in all at most", "top_k")
+
+
+def _names(values: Sequence[Any]) -> list[str]:
+    if not values:
+        raise _invalid("no class; give at least one", "classes")
+    names: dict[str, int] = {}
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise _invalid("class names must be strings", f"classes.{index}")
+        name = unicodedata.normalize("NFC", value[: 4 * MAX_NAME]).strip()
+        if not 1 <= len(name) <= MAX_NAME or len(value) > 4 * MAX_NAME:
+            raise _invalid(f"class names have 1 to {MAX_NAME} characters", f"classes.{index}")
+        if UNPRINTABLE.search(name):
+            raise _invalid("class names hold no control characters", f"classes.{index}")
+        if (first := names.setdefault(name, index)) != index:
+            sentence = f"class {index} has the same name as class {first}; names must differ."
+            raise ApiError("duplicate_class", sentence, param=f"classes.{index}")
+    return list(names)
+
+
+def _texts(value: Any, param: str, most: int) -> list[str]:
+    if not isinstance(value, list):
+        raise _invalid("must be a list of strings", param)
+    if len(value) > most:
+        raise _invalid(f"has {len(value)} texts, the limit is {most}", param)
+    for index, text in enumerate(value):
+        if not isinstance(text, str):
+            raise _invalid("must be a string", f"{param}.{index}")
+        if not 1 <= len(text) <= MAX_TEXT or not text.strip():
+            raise _invalid(f"must have 1 to {MAX_TEXT} characters", f"{param}.{index}")
+        if UNPRINTABLE.search(text):
+            raise _invalid("must hold no control characters", f"{param}.{index}")
+    return list(value)
+
+
+def _image(item: Any, param: str) -> Posted:
+    name = None
+    if isinstance(item, dict):
+        if "url" in item:
+            raise _no_urls(param)
+        if set(item) - {"data", "id"} or "data" not in item:
+            raise _invalid("an image is a base64 string, or an object with data and maybe id", param)
+        name, item = item.get("id"), item["data"]
+        fine = name is None or (isinstance(name, str) and 1 <= len(name) <= MAX_ID and name.isprintable())
+        if not fine:
+            raise _invalid(f"must have 1 to {MAX_ID} printable characters", f"{param}.id")
+    if not isinstance(item, str):
+        raise _invalid("an image is a base64 string, or an object with data and maybe id", param)
+    if URL.match(item):
+        raise _no_urls(param)
+    return Posted(item, name)
+
+
+def _bound_texts(count: int, settings: Settings) -> None:
+    if count > settings.max_texts:
+        sentence = f"the classes make {count} texts, the limit is {settings.max_texts} (GRAM_MAX_TEXTS)."
+        raise ApiError("too_many_classes", sentence, param="classes")
+
+
+def _settings(info: ValidationInfo) -> Settings:
+    assert isinstance(info.context, Settings)
+    return info.context
+
+
+def _invalid(sentence: str, param: str | None) -> ApiError:
+    return ApiError("invalid_request", f"{param}: {sentence}." if param else f"{sentence}.", param=param)
+
+
+def _no_urls(param: str) -> ApiError:
+    sentence = "this server opens no URLs. Send the image itself, as bytes or base64."
+    return ApiError("url_input_unsupported", sentence, param=param)
+
+
+def _lower(sentence: str) -> str:
+    return sentence.replace("Input should be", "must be").replace("String should", "must")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError
+    return found
+
+
+def _no_constant(_: str) -> Any:
+    raise ValueError

@@ -1,0 +1,158 @@
+"""Every knob of the server: one class, read from `GRAM_*` variables and from flags of the same names.
+
+An unknown name or a bad value is an error that says which name was probably meant. Nothing else in
+this package reads the environment.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from gram_core.images import PILLOW_MAX_PIXELS
+
+PREFIX = "GRAM_"
+BYTES_PER_PIXEL = 3  # a decoded image is 8-bit RGB while it waits
+
+
+class InvalidSettings(ValueError):
+    """A setting that can't be used; the message is one line for the operator."""
+
+
+class Settings(BaseSettings):
+    """The server's settings; each is `GRAM_NAME` in the environment and `--name` on the command line."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, allow_inf_nan=False
+    )
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    model: str = "gram-mini"
+    model_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Path("~/.cache/gram").expanduser()
+    weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    offline: bool = False
+
+    default_method: Literal["auto", "gram", "infomax", "tpt", "none"] = "auto"
+    default_steps: NonNegativeInt | None = None  # None: the method's own
+    default_views: PositiveInt | None = None  # for scope image; None: the model's own
+    default_batch_views: PositiveInt | None = None
+    max_steps: Annotated[int, Field(ge=0, le=64)] = 64
+    max_views: Annotated[int, Field(ge=1, le=128)] = 128
+    kl_cap: PositiveFloat = 5.0
+
+    timeout_ms: PositiveInt = 30_000
+    max_timeout_ms: PositiveInt = 120_000
+    body_timeout_s: PositiveFloat = 30.0
+    stall_s: PositiveFloat = 60.0
+    drain_s: PositiveInt = 30
+
+    max_body_bytes: PositiveInt = 33_554_432
+    max_image_bytes: PositiveInt = 16_777_216
+    max_inflight_bytes: PositiveInt = 1_073_741_824
+    max_images: PositiveInt = 64
+    max_image_pixels: Annotated[int, Field(ge=1, le=PILLOW_MAX_PIXELS)] = 32_000_000
+    max_request_pixels: PositiveInt = 256_000_000
+    max_aspect_ratio: PositiveInt = 100
+    max_classes: PositiveInt = 10_000
+    max_texts: PositiveInt = 20_000
+    max_request_cost: PositiveFloat = 16_384.0
+    queue_seconds: PositiveFloat = 4.0
+    decode_threads: Annotated[int, Field(ge=1, le=64)] = 4
+    text_cache_bytes: NonNegativeInt = 268_435_456
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def limits_agree(self) -> Settings:
+        """Refuse limits under which a request within every limit could never be served."""
+        needed = self.max_body_bytes + BYTES_PER_PIXEL * self.max_request_pixels
+        rules = (
+            (self.timeout_ms <= self.max_timeout_ms, "TIMEOUT_MS is above GRAM_MAX_TIMEOUT_MS"),
+            (
+                self.max_image_pixels <= self.max_request_pixels,
+                "MAX_IMAGE_PIXELS is above GRAM_MAX_REQUEST_PIXELS",
+            ),
+            (
+                needed <= self.max_inflight_bytes,
+                f"MAX_INFLIGHT_BYTES is below {needed}, what one request within GRAM_MAX_BODY_BYTES and "
+                "GRAM_MAX_REQUEST_PIXELS needs",
+            ),
+            ((self.default_steps or 0) <= self.max_steps, "DEFAULT_STEPS is above GRAM_MAX_STEPS"),
+            ((self.default_views or 1) <= self.max_views, "DEFAULT_VIEWS is above GRAM_MAX_VIEWS"),
+            (
+                (self.default_batch_views or 1) <= self.max_views,
+                "DEFAULT_BATCH_VIEWS is above GRAM_MAX_VIEWS",
+            ),
+        )
+        for kept, broken in rules:
+            if not kept:
+                raise ValueError(PREFIX + broken)
+        return self
+
+
+def read_settings(argv: Sequence[str]) -> Settings:
+    """Flags over environment over defaults; raises `InvalidSettings`."""
+    known = {PREFIX + name.upper(): name for name in Settings.model_fields}
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            raise InvalidSettings(f"unknown setting {name}{_nearest(name.upper(), known)}")
+    try:
+        return Settings(**_flags(argv))  # type: ignore[arg-type]  # pydantic converts
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        name = PREFIX + str(first["loc"][0]).upper() + ": " if first["loc"] else ""
+        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        raise InvalidSettings(name + message) from None
+
+
+def usage() -> str:
+    """What `--help` prints."""
+    rows = [
+        f"  --{name.replace('_', '-'):<22} {field.default}" for name, field in Settings.model_fields.items()
+    ]
+    return (
+        "python -m server [--NAME VALUE ...]; every flag is also a GRAM_NAME variable.\n\n"
+        + "\n".join(rows)
+        + "\n"
+    )
+
+
+def _flags(argv: Sequence[str]) -> dict[str, str]:
+    flags = {"--" + name.replace("_", "-"): name for name in Settings.model_fields}
+    values: dict[str, str] = {}
+    rest = list(argv)
+    while rest:
+        flag, given, value = rest.pop(0).partition("=")
+        if flag not in flags:
+            raise InvalidSettings(f"unknown flag {flag}{_nearest(flag, flags)}")
+        if flags[flag] in values:
+            raise InvalidSettings(f"{flag} is given twice")
+        if not given and bool in (kind := Settings.model_fields[flags[flag]].annotation, *get_args(kind)):
+            value = "true"  # --offline
+        elif not given:
+            if not rest:
+                raise InvalidSettings(f"{flag} needs a value")
+            value = rest.pop(0)
+        values[flags[flag]] = value
+    return values
+
+
+def _nearest(name: str, known: Mapping[str, str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"; did you mean {close[0]}?" if close else ""
