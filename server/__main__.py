@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gram_core.errors import DeviceError, GramError
@@ -108,13 +109,12 @@ def main(argv: Sequence[str]) -> int:
         _fetch(settings)
     except GramError as error:
         return _refuse(BAD_MODEL, error.message)
-    return _serve(settings, port)
+    return serve(create_app(settings), settings, port)
 
 
-def _serve(settings: Settings, port: socket.socket) -> int:
-    app = create_app(settings)
-    service: Service = app.state.service
-    config = uvicorn.Config(
+def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn is to run the app."""
+    return uvicorn.Config(
         app,
         http=Protocol,
         loop="uvloop",
@@ -126,16 +126,19 @@ def _serve(settings: Settings, port: socket.socket) -> int:
         proxy_headers=False,
         timeout_graceful_shutdown=settings.drain_s,
     )
-    server = Server(config, service)
+
+
+def serve(app: FastAPI, settings: Settings, port: socket.socket) -> int:
+    """Answer on a bound socket until a signal or the end of the engine; returns the exit code."""
+    service: Service = app.state.service
+    server = Server(http_config(app, settings), service)
     host, number = port.getsockname()[:2]
     log.info("listening", extra={"fields": {"host": host, "port": number, "model": settings.model}})
     server.run(sockets=[port])
     failure = service.engine.failure
     if server.code != OK:
-        message = (
-            failure.message if isinstance(failure, GramError) else "the engine ended; its traceback is above"
-        )
-        return _refuse(server.code, message)
+        last_words = "the engine ended; its traceback is above"
+        return _refuse(server.code, failure.message if isinstance(failure, GramError) else last_words)
     if not service.engine.idle:
         return _refuse(ABANDONED, f"work was still unfinished after {settings.drain_s} s (GRAM_DRAIN_S)")
     log.info("stopped", extra={"fields": {"code": OK}})

@@ -65,6 +65,7 @@ class Job:
     plan: Plan
     deadline: float
     future: Future[Answer] = field(default_factory=Future)
+    submitted: float = 0.0
     queue_ms: float = 0.0
 
 
@@ -213,6 +214,7 @@ class Engine:
         with self._turn:
             if self.failure is not None or self._stopping:
                 raise _ended(self.failure)
+            job.submitted = self.clock()
             self._queue.append(job)
             self._turn.notify()
         try:
@@ -266,7 +268,7 @@ class Engine:
         try:
             if not job.future.set_running_or_notify_cancel():
                 return
-            job.queue_ms = (started - job.place.since) * 1000
+            job.queue_ms = (started - job.submitted) * 1000
             if started >= job.deadline:
                 failure = TimeoutError()
                 return

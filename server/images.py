@@ -58,9 +58,7 @@ def check(posted: Sequence[str | bytes], settings: Settings, metrics: Metrics) -
         found.append(Checked(data, header.width * header.height))
         if pixels > settings.max_request_pixels:
             most = settings.max_request_pixels
-            sentence = (
-                f"the images have more than {most} pixels in all (GRAM_MAX_REQUEST_PIXELS). Send fewer."
-            )
+            sentence = f"the images have more than {most} pixels in all (GRAM_MAX_REQUEST_PIXELS)."
             raise ApiError("too_many_pixels", sentence, param="images")
     return found
 

@@ -52,9 +52,7 @@ class Metrics:
         )
         self.adaptation_steps = histogram("adaptation_steps", "Steps taken.", COUNTS, "method")
         self.adaptation_views = histogram("adaptation_views", "Views used.", COUNTS, "method")
-        self.adaptation_seconds = histogram(
-            "adaptation_duration_seconds", "Time of a tuning.", SECONDS, "method"
-        )
+        self.adaptation_seconds = histogram("adaptation_duration_seconds", "Tuning time.", SECONDS, "method")
         self.entropy_delta = histogram(
             "adaptation_entropy_delta", "Entropy after minus before, nats.", NATS, "method"
         )

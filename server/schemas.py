@@ -102,13 +102,12 @@ def _classes(value: Any, info: ValidationInfo) -> Classes:
     settings = _settings(info)
     if isinstance(value, dict):
         if set(value) == {"class_set"} and isinstance(value["class_set"], str):
-            raise ApiError("class_sets_disabled", "this server keeps no class sets. Send the classes.")
+            sentence = "this server keeps no class sets. Send the classes themselves."
+            raise ApiError("class_sets_disabled", sentence, param="classes")
     elif not isinstance(value, list):
         raise _invalid("must be a list of names, or an object of names and their sentences", "classes")
     if len(value) > settings.max_classes:
-        sentence = (
-            f"{len(value)} classes, the limit is {settings.max_classes} (GRAM_MAX_CLASSES). Send fewer."
-        )
+        sentence = f"{len(value)} classes, the limit is {settings.max_classes} (GRAM_MAX_CLASSES)."
         raise ApiError("too_many_classes", sentence, param="classes")
     names = _names(list(value))
     if isinstance(value, list):
