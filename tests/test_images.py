@@ -175,8 +175,7 @@ def test_pillows_process_wide_limits_are_ours_and_stay_so() -> None:
     [
         member
         for member in LIGHT
-        if not set(member.notes) & {"alpha_composited"}
-        and not re.search(r"exif_[2-8]|exif_after|grey_16", member.name)
+        if not set(member.notes) & {"alpha_composited"} and not re.search(r"exif_[2-8]|exif_after|grey_16", member.name)
     ],
     ids=lambda member: member.name,
 )
@@ -480,9 +479,7 @@ print(json.dumps({"grown": grown, "torch": "torch" in sys.modules}))
 """
 
 BOMBS = [
-    member
-    for member in MEMBERS
-    if re.search(r"bomb|many_|20000|65500|10000_scans|over_the_cap|differ", member.name)
+    member for member in MEMBERS if re.search(r"bomb|many_|20000|65500|10000_scans|over_the_cap|differ", member.name)
 ]
 
 

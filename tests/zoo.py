@@ -197,18 +197,14 @@ def archive() -> bytes:
 
 
 def riff(*chunks: tuple[bytes, bytes]) -> bytes:
-    body = b"".join(
-        kind + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2) for kind, data in chunks
-    )
+    body = b"".join(kind + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2) for kind, data in chunks)
     return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
 
 
 def animation(frames: int) -> bytes:
     images = [picture(16, 12, seed=seed) for seed in range(8)]
     # 8 encoded frames, repeated: the plainest way to many frames. Frame chunks are independent of each other.
-    webp = encoded(
-        images[0], "WEBP", save_all=True, append_images=images[1:], lossless=True, allow_mixed=False
-    )
+    webp = encoded(images[0], "WEBP", save_all=True, append_images=images[1:], lossless=True, allow_mixed=False)
     first = webp.index(b"ANMF")
     loop = webp[first:]
     unit = loop[: 8 + int.from_bytes(loop[4:8], "little")]
@@ -386,9 +382,7 @@ def _pngs() -> list[Member]:
             start + b"".join(chunk(b"IDAT", data[i : i + 1]) for i in range(len(data))) + end,
         ),
         _refuse("png_ztxt_bomb", png(rgb, 8, 2, before=chunk(b"zTXt", b"note\0\0" + zeros(200 << 20)))),
-        _refuse(
-            "png_ztxt_bomb_after_data", png(rgb, 8, 2, after=chunk(b"zTXt", b"note\0\0" + zeros(200 << 20)))
-        ),
+        _refuse("png_ztxt_bomb_after_data", png(rgb, 8, 2, after=chunk(b"zTXt", b"note\0\0" + zeros(200 << 20)))),
         _refuse("png_itxt_bomb", png(rgb, 8, 2, before=chunk(b"iTXt", b"note\0\1\0\0\0" + zeros(200 << 20)))),
         _refuse("png_iccp_bomb", png(rgb, 8, 2, before=chunk(b"iCCP", b"icc\0\0" + zeros(200 << 20)))),
         _refuse(
@@ -411,12 +405,8 @@ def _pngs() -> list[Member]:
         _refuse("png_idat_short", start + chunk(b"IDAT", zlib.compress(rows(rgb, 8)[:2000])) + end),
         _refuse("png_idat_cut", base[: len(base) // 2]),
         _refuse("png_signature_only", PNG_SIGNATURE),
-        _refuse(
-            "png_width_0", PNG_SIGNATURE + chunk(b"IHDR", ihdr(0, 32, 8, 2)) + chunk(b"IDAT", data) + end
-        ),
-        _refuse(
-            "png_depth_3", PNG_SIGNATURE + chunk(b"IHDR", ihdr(48, 32, 3, 0)) + chunk(b"IDAT", data) + end
-        ),
+        _refuse("png_width_0", PNG_SIGNATURE + chunk(b"IHDR", ihdr(0, 32, 8, 2)) + chunk(b"IDAT", data) + end),
+        _refuse("png_depth_3", PNG_SIGNATURE + chunk(b"IHDR", ihdr(48, 32, 3, 0)) + chunk(b"IDAT", data) + end),
     ]
 
 
@@ -454,9 +444,7 @@ def _webps() -> list[Member]:
         _answer("webp_lossy", lossy),
         _answer("webp_lossless", lossless),
         _answer("webp_alpha", encoded(see_through, "WEBP", quality=80), (48, 32), "alpha_composited"),
-        _answer(
-            "webp_alpha_lossless", encoded(see_through, "WEBP", lossless=True), (48, 32), "alpha_composited"
-        ),
+        _answer("webp_alpha_lossless", encoded(see_through, "WEBP", lossless=True), (48, 32), "alpha_composited"),
         _answer("webp_animated_1000", film, (16, 12), "first_frame_of_1000"),
         _answer("webp_icc_profile", encoded(image, "WEBP", icc_profile=bytes(100_000))),
         _answer("webp_exif_6", turned, (32, 48)),
@@ -465,9 +453,7 @@ def _webps() -> list[Member]:
         _refuse("webp_lossless_truncated", lossless[: len(lossless) // 2]),
         _refuse("webp_riff_only", lossy[:12]),
         _refuse("webp_header_only", lossy[:30]),
-        _refuse(
-            "webp_canvas_over_the_cap", patched(film, 24, b"\xff\x3f\0\xff\x3f\0"), "image_too_many_pixels"
-        ),
+        _refuse("webp_canvas_over_the_cap", patched(film, 24, b"\xff\x3f\0\xff\x3f\0"), "image_too_many_pixels"),
         _refuse("webp_canvas_of_another_size", patched(turned, 24, b"\x3f\0\0\x3f\0\0")),
         _refuse("webp_canvas_too_narrow", patched(film, 24, b"\x0f\x27\0\0\0\0"), "image_shape_unsupported"),
         _refuse("webp_frame_outside_the_canvas", patched(film, frame, b"\x40\0\0")),
@@ -510,9 +496,7 @@ def _strangers() -> list[Member]:
     }
     members = [_refuse(f"other_{name}", data, "unsupported_image_format") for name, data in files.items()]
     members.append(_refuse("empty", b""))
-    members.append(
-        _refuse("jpeg_one_byte_too_long", encoded(image, "JPEG") + bytes(1 << 24), "image_too_large")
-    )
+    members.append(_refuse("jpeg_one_byte_too_long", encoded(image, "JPEG") + bytes(1 << 24), "image_too_large"))
     return members
 
 
