@@ -143,4 +143,5 @@ def _scores(cosines: FloatArray, scale: float, temperature: float, kind: str) ->
     if kind != "softmax":
         raise ValueError(f"no score kind {kind!r}; choose one of {', '.join(SCORE_KINDS)}")
     shifted = np.exp(logits - logits.max())
-    return (shifted / shifted.sum()).astype(np.float32)
+    softmax: FloatArray = (shifted / shifted.sum()).astype(np.float32)
+    return softmax

@@ -1,0 +1,516 @@
+"""What the server holds: towers, texts and hosts behind one call, `classify`.
+
+Immutable after `load` (caches apart) and free of HTTP. One engine thread calls `classify`; `prepare`, `class_set`,
+`plan` and `cost` may be called from any thread. Zero-shot is always computed first and is the answer whenever tuning
+is not asked for, not supported by the evidence, or not trusted (`docs/method.md`, "do no harm").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gram_core import backbone as towers
+from gram_core import objectives, views
+from gram_core.adapt import UPDATES, adapt, of
+from gram_core.backbone import Backbone
+from gram_core.errors import DeviceError, FingerprintMismatch, InvalidTuning, MethodUnavailable, OutOfMemory
+from gram_core.images import DecodedImage
+from gram_core.prompts import METHODS, PromptMethod
+from gram_core.text import ClassSet, TextEncoder
+from gram_core.types import Adaptation, Answer, FloatArray, ImageResult, ModelInfo, Params, Plan, Tuning
+from gram_core.views import Prepared
+from prototypes.bank import load_root
+
+BATCH_FROM = 8  # images from which a joint tuning is trusted (method.md section 8)
+ENTROPY_SLACK = 0.01  # nats by which tuning may raise the entropy it is meant to lower
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """How a method steps and sees: one configuration for all data."""
+
+    steps: int
+    views: int
+    lr: Mapping[str, float]
+    update: str
+    view_scale: tuple[float, float]
+    keep: float = 1.0
+
+
+INFOMAX = TuneConfig(steps=20, views=8, lr={"residual": 1e-3, "coop": 5e-3}, update="rms", view_scale=(0.3, 1.0))
+TPT = TuneConfig(
+    steps=1, views=64, lr={"coop": 5e-3, "residual": 1e-3}, update="sign", view_scale=(0.08, 1.0), keep=0.1
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tuned:
+    """Outcome of one tuning over n images; `logits` (n, K) before the temperature, on the originals."""
+
+    logits: Tensor
+    reason: str | None
+    kept: int
+    temperature: float
+    ms: float
+
+
+class Classifier:
+    """Frozen towers, class texts and hosts; `classify` answers before and after.
+
+    Args of `load`: see `gram_core.backbone.load`; `text_cache_bytes` bounds the cache of class features, `kl_cap`
+    is the KL (nats) from zero-shot beyond which a tuned answer is discarded; `default_*` override the method's own
+    defaults for callers that leave them open.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        root: FloatArray | None = None,
+        *,
+        text_cache_bytes: int = 2**28,
+        kl_cap: float = 5.0,
+        default_method: str = "auto",
+        default_steps: int | None = None,
+        default_views: int | None = None,
+        default_batch_views: int | None = None,
+        infomax: TuneConfig = INFOMAX,
+        tpt: TuneConfig = TPT,
+    ) -> None:
+        self.backbone = backbone
+        self.texts = TextEncoder(backbone, text_cache_bytes)
+        self.kl_cap = kl_cap
+        self.text_weight = 1.0
+        hosts = {name: make for name, make in METHODS.items() if make.why_not(self.texts) is None}
+        self.hosts: dict[str, PromptMethod] = {name: make(self.texts) for name, make in hosts.items()}
+        self.kept: dict[str, Params] = {name: host.init() for name, host in self.hosts.items()}
+        self.root = None if root is None else torch.from_numpy(root).to(backbone.device)
+        self.configs = {
+            "infomax": replace(
+                infomax,
+                steps=infomax.steps if default_steps is None else default_steps,
+                views=default_batch_views or infomax.views,
+            ),
+            "tpt": replace(tpt, views=default_views or tpt.views),
+        }
+        methods = (("infomax",) if root is not None else ()) + ("tpt", "none")
+        if default_method == "auto":
+            default_method = methods[0]
+        if default_method not in methods:
+            raise MethodUnavailable(self._no_method(default_method, methods))
+        self.info = ModelInfo(
+            name=backbone.name,
+            weights_sha256=backbone.weights_sha256,
+            fingerprint=backbone.fingerprint,
+            device=str(backbone.device),
+            dtype=str(backbone.dtype).removeprefix("torch."),
+            image_size=backbone.image_size,
+            joint_dim=backbone.joint_dim,
+            context_length=backbone.context_length,
+            parameters=backbone.parameters,
+            logit_scale=backbone.logit_scale,
+            text_path=backbone.text_path,
+            text_path_note=backbone.text_note,
+            root=root is not None,
+            methods=methods,
+            hosts=tuple(self.hosts),
+            default_method=default_method,
+            batch_from=BATCH_FROM,
+            defaults={
+                name: {
+                    "host": self._default_host(name),
+                    "scope": "batch" if name == "infomax" else "image",
+                    "steps": config.steps,
+                    "views": config.views,
+                    "lr": config.lr[self._default_host(name)],
+                }
+                for name, config in self.configs.items()
+                if name in methods
+            },
+            shapes={"image_chunk": backbone.image_chunk, "view_chunk": backbone.view_chunk},
+        )
+
+    @classmethod
+    def load(
+        cls,
+        model: str = "gram-mini",
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        model_dir: Path | None = None,
+        weights_sha256: str | None = None,
+        **options: Any,
+    ) -> Classifier:
+        """Load a model from disk with the root prototype beside its weights, if it has one.
+
+        Raises ModelUnavailable, UnsupportedTower, or FingerprintMismatch when the root belongs to other weights.
+        """
+        backbone = towers.load(
+            model, device=device, precision=precision, model_dir=model_dir, weights_sha256=weights_sha256
+        )
+        try:
+            root = load_root(towers.locate(model, model_dir).folder, fingerprint=backbone.fingerprint)
+        except ValueError as error:
+            raise FingerprintMismatch(
+                f"the root prototype beside model {backbone.name!r} can't be used: {error}"
+            ) from error
+        if root is not None and root.visual.shape != (backbone.joint_dim,):
+            raise FingerprintMismatch(
+                f"the root prototype has {root.visual.shape[0]} dimensions, the model {backbone.joint_dim}; rebuild it."
+            )
+        return cls(backbone, None if root is None else root.visual, **options)
+
+    # ---- any thread ----
+
+    def prepare(self, image: DecodedImage) -> Prepared:
+        """Preprocess one decoded image on the CPU."""
+        return views.prepare(self.backbone, image)
+
+    def class_set(
+        self, classes: Sequence[str] | Mapping[str, Sequence[str]], templates: Sequence[str] | None = None
+    ) -> ClassSet:
+        """Check and tokenize classes; see `TextEncoder.class_set`."""
+        return self.texts.class_set(classes, templates)
+
+    def plan(self, tuning: Tuning, images: int, classes: ClassSet) -> Plan:
+        """Fill in every default, and say beforehand when nothing will be tuned.
+
+        Raises MethodUnavailable or InvalidTuning.
+        """
+        method = tuning.method or self.info.default_method
+        if tuning.method is None and tuning.scope == "image" and method == "infomax":
+            method = "tpt"  # one image carries no joint direction
+        if method not in self.info.methods:
+            raise MethodUnavailable(self._no_method(method, self.info.methods))
+        if tuning.scope not in ("auto", "image", "batch"):
+            raise InvalidTuning("scope must be auto, image or batch.")
+        plan = Plan(method=method, host=None, scope="image", steps=0, views=1, seed=tuning.seed)
+        if method == "none":
+            return replace(plan, skip="none_requested")
+        wanted = "batch" if method == "infomax" else "image"
+        if tuning.scope not in ("auto", wanted):
+            raise MethodUnavailable(
+                f"method {method} has scope {wanted} only; for scope {tuning.scope} choose "
+                + (
+                    "tpt."
+                    if wanted == "batch"
+                    else ("infomax." if self.info.root else "another model: this one has no root prototype.")
+                )
+            )
+        config = self.configs[method]
+        host = tuning.host or self._default_host(method)
+        if host not in self.hosts:
+            reason = METHODS[host].why_not(self.texts) if host in METHODS else None
+            raise MethodUnavailable(
+                f"host {host!r} can't run on this model: {reason}."
+                if reason
+                else f"no such host; choose {', '.join(self.hosts)}."
+            )
+        plan = replace(
+            plan,
+            host=host,
+            scope=wanted,
+            steps=config.steps if tuning.steps is None else tuning.steps,
+            views=config.views if tuning.views is None else tuning.views,
+        )
+        if plan.steps < 0 or plan.views < 1:
+            raise InvalidTuning("steps must be at least 0 and views at least 1.")
+        if len(classes) == 1:
+            return replace(plan, skip="single_class")
+        least = BATCH_FROM if tuning.scope == "auto" else 2
+        if wanted == "batch" and images < least:
+            return replace(plan, skip="too_few_images")
+        return plan
+
+    def cost(self, plan: Plan, images: int, classes: ClassSet) -> float:
+        """Image-tower passes plus weighted text passes (api.md section 10)."""
+        new_texts = 0 if self.texts.has(classes) else classes.texts
+        if plan.skip:
+            return images + self.text_weight * new_texts
+        prompts = 0 if plan.host == "residual" else (images if plan.scope == "image" else 1)
+        text = prompts * len(classes) * (2 * plan.steps + 1) + new_texts
+        return images * plan.views + self.text_weight * text
+
+    # ---- the engine thread ----
+
+    def classify(self, images: Sequence[Prepared], classes: ClassSet, plan: Plan) -> Answer:
+        """Zero-shot for every image, then the tuning that `plan` asks for.
+
+        Answers come in the order of `images` and do not depend on it; in scope `image` they do not depend on the
+        other images either. Raises OutOfMemory or DeviceError when not even zero-shot can be had.
+        """
+        with _device_errors(), torch.no_grad():
+            clock = _Clock()
+            cached = self.texts.has(classes)
+            base = self.texts.features(classes)
+            clock.lap("text")
+            originals = self.backbone.encode_images(torch.stack([i.original for i in images]))
+            cosines = self._cosines(originals, base)
+            clock.lap("image")
+            passes = len(images)
+            text_passes = 0 if cached else classes.texts
+            if plan.skip:
+                results = [self._plain(cosines[i], plan) for i in range(len(images))]
+            else:
+                results = self._adapted(images, originals, cosines, classes, plan)
+                passes += len(images) * (plan.views - 1)
+                if plan.host == "coop":
+                    episodes = len(images) if plan.scope == "image" else 1
+                    text_passes += episodes * len(classes) * (plan.steps + 1)
+            clock.lap("adapt")
+        return Answer(tuple(results), "hit" if cached else "miss", passes, text_passes, clock.laps)
+
+    def warm_up(self) -> None:
+        """One zero-shot forward and one tuning of every method, and the measured weight of a text pass."""
+        classes = self.class_set(["cat", "dog", "car", "tree", "house", "person", "boat", "plate of food"])
+        rng = np.random.default_rng(0)
+        side = self.backbone.image_size
+        images = [
+            Prepared(
+                torch.from_numpy(rng.standard_normal((3, side, side), dtype=np.float32)),
+                torch.from_numpy(rng.integers(0, 255, (3, side, side), dtype=np.uint8)),
+                rng.bytes(32),
+                side,
+                side,
+                "png",
+                (),
+            )
+            for _ in range(BATCH_FROM)
+        ]
+        self.classify(images, classes, self.plan(Tuning(method="none"), BATCH_FROM, classes))
+        for method in self.info.methods:
+            if method != "none":
+                views_ = min(8, self.configs[method].views)
+                plan = self.plan(Tuning(method=method, views=views_), BATCH_FROM, classes)
+                self.classify(images, classes, plan)
+        started = time.perf_counter()
+        self.backbone.encode_images(torch.stack([i.original for i in images]))
+        image_s = (time.perf_counter() - started) / len(images)
+        fresh = self.class_set([f"thing {i}" for i in range(16)])
+        started = time.perf_counter()
+        self.texts.features(fresh)
+        self.text_weight = (time.perf_counter() - started) / len(fresh) / max(image_s, 1e-9)
+
+    # ---- inside ----
+
+    def _default_host(self, method: str) -> str:
+        return "coop" if method == "tpt" and "coop" in self.hosts else "residual"
+
+    def _no_method(self, method: str, methods: tuple[str, ...]) -> str:
+        if method == "infomax":
+            return (
+                "this model has no root prototype, which infomax needs to be safe on skewed batches; "
+                "choose tpt or none."
+            )
+        return f"no such method on this model; choose {', '.join(methods)}."
+
+    def _cosines(self, features: Tensor, base: Tensor) -> Tensor:
+        """(B, K) in the fixed image shape, so that a row has the same bits whatever B is."""
+        chunk = self.backbone.image_chunk
+        rows = []
+        for start in range(0, len(features), chunk):
+            part = features[start : start + chunk]
+            padded = torch.cat([part, part.new_zeros(chunk - len(part), part.shape[1])])
+            rows.append((padded @ base.T)[: len(part)])
+        return torch.cat(rows)
+
+    def _plain(self, cosines: Tensor, plan: Plan) -> ImageResult:
+        values = _array(cosines)
+        entropy = float(objectives.entropy((cosines * self.backbone.logit_scale).softmax(-1)))
+        report = Adaptation(
+            method=plan.method,
+            host=plan.host,
+            scope=plan.scope,
+            status="skipped",
+            reason=plan.skip,
+            steps=0,
+            steps_requested=plan.steps,
+            views=1,
+            views_requested=plan.views,
+            views_kept=1,
+            entropy_before=entropy,
+            entropy_after=entropy,
+            kl=0.0,
+            label_changed=False,
+            accepted=False,
+            temperature=1.0,
+            ms=0.0,
+            digest=_digest(values),
+        )
+        return ImageResult(values, values, self.backbone.logit_scale, report)
+
+    def _adapted(
+        self, images: Sequence[Prepared], originals: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan
+    ) -> list[ImageResult]:
+        if plan.scope == "image":
+            tuned = [self._tune_image(i, originals[n], cosines[n], classes, plan) for n, i in enumerate(images)]
+            return [self._result(cosines[n], t, 0, plan) for n, t in enumerate(tuned)]
+        order = sorted(range(len(images)), key=lambda i: images[i].sha256)
+        index = torch.tensor(order, device=originals.device)
+        tuned_batch = self._tune_batch([images[i] for i in order], originals[index], cosines[index], classes, plan)
+        place = {n: at for at, n in enumerate(order)}
+        return [self._result(cosines[n], tuned_batch, place[n], plan) for n in range(len(images))]
+
+    def _view_features(self, image: Prepared, original: Tensor, plan: Plan) -> Tensor:
+        """(V, D): the original's feature, then those of the crops."""
+        config = self.configs[plan.method]
+        size = (int(image.pixels.shape[1]), int(image.pixels.shape[2]))
+        crops = views.boxes(image.sha256, size, plan.views, plan.seed, config.view_scale)
+        if not crops:
+            return original[None]
+        pixels = views.cut(self.backbone, image, crops)
+        return torch.cat([original[None], self.backbone.encode_images(pixels, views=True)])
+
+    def _tune_batch(
+        self, images: Sequence[Prepared], originals: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan
+    ) -> _Tuned:
+        """Joint tuning of one variable on all images of the request (docs/method.md, eq. 1 and 2)."""
+        started = time.perf_counter()
+        assert plan.host is not None
+        assert self.root is not None
+        host, config = self.hosts[plan.host], self.configs[plan.method]
+        features = torch.stack([self._view_features(i, o, plan) for i, o in zip(images, originals, strict=True)])
+        seen = torch.cat([features.flatten(0, 1), self.root[None]])[None]  # (1, B V + 1, D)
+        shape = features.shape[:2]
+
+        def split(logits: Tensor) -> tuple[Tensor, Tensor]:
+            return logits[:, :-1].reshape(1, *shape, -1), logits[:, -1]
+
+        start = host.start(self.kept[plan.host], classes, 1)
+        first, _ = split(host.logits(start, seen, classes))
+        rho = objectives.rehearsal_weight(first.softmax(-1).mean(dim=(1, 2)), len(images))
+
+        def loss(params: Params) -> Tensor:
+            batch, root = split(host.logits(params, seen, classes))
+            return objectives.infomax(batch, root, rho)
+
+        lr, update = config.lr[plan.host], UPDATES[config.update]
+        params = adapt(of(loss), start, update=update, lr=lr, steps=plan.steps)
+        last, _ = split(host.logits(params, seen, classes))
+        before = objectives.entropy(first.softmax(-1).mean(2)).mean()
+        after = objectives.entropy(last.softmax(-1).mean(2)).mean()
+        logits = host.logits(params, originals[None], classes)[0]
+        reason = self._distrust(logits, cosines, float(before), float(after))
+        return self._settle(logits, cosines, reason, plan.views, started, gate=True)
+
+    def _tune_image(self, image: Prepared, original: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan) -> _Tuned:
+        """TPT: marginal entropy of the confident views of one image (Shu et al., NeurIPS 2022)."""
+        started = time.perf_counter()
+        assert plan.host is not None
+        host, config = self.hosts[plan.host], self.configs[plan.method]
+        features = self._view_features(image, original, plan)
+        base = self.backbone.logit_scale * features @ self.texts.features(classes).T
+        kept = objectives.confident(base[None], config.keep)[0]
+        chosen = features[kept][None]
+
+        def loss(params: Params) -> Tensor:
+            return objectives.marginal_entropy(host.logits(params, chosen, classes))
+
+        start = host.start(self.kept[plan.host], classes, 1)
+        lr, update = config.lr[plan.host], UPDATES[config.update]
+        params = adapt(of(loss), start, update=update, lr=lr, steps=plan.steps)
+        # one text pass answers both: the kept views for the check, the original for the answer
+        final = host.logits(params, torch.cat([chosen, original[None, None]], dim=1), classes)
+        before = objectives.marginal_entropy(base[kept][None])
+        after = objectives.marginal_entropy(final[:, :-1])
+        logits = final[0, -1:]
+        reason = self._distrust(logits, cosines[None], float(before), float(after))
+        return self._settle(logits, cosines[None], reason, len(kept), started, gate=False)
+
+    def _distrust(self, logits: Tensor, cosines: Tensor, before: float, after: float) -> str | None:
+        """Why a tuning is discarded, or None (api.md section 3)."""
+        if not bool(logits.isfinite().all()) or not np.isfinite(after):
+            return "not_finite"
+        if after > before + ENTROPY_SLACK:
+            return "diverged"
+        distance = objectives.kl(logits, cosines * self.backbone.logit_scale).mean()
+        return "kl_cap" if float(distance) > self.kl_cap else None
+
+    def _settle(
+        self, logits: Tensor, cosines: Tensor, reason: str | None, kept: int, started: float, gate: bool
+    ) -> _Tuned:
+        """Give the tuned answers, as a group, the mean confidence that zero-shot has on the same images."""
+        sharpness = 1.0
+        if reason is None:
+            base = cosines * self.backbone.logit_scale
+            take = objectives.accepted(base) if gate else torch.ones(len(base), dtype=torch.bool, device=base.device)
+            if bool(take.any()):
+                confidence = base[take].softmax(-1).amax(-1).mean()[None]
+                sharpness = float(objectives.temperature(logits[take][None], confidence))
+        return _Tuned(logits, reason, kept, sharpness, (time.perf_counter() - started) * 1000)
+
+    def _result(self, cosines: Tensor, tuned: _Tuned, row: int, plan: Plan) -> ImageResult:
+        scale = self.backbone.logit_scale
+        base = cosines * scale
+        logits = tuned.logits[row]
+        finite = tuned.reason != "not_finite"
+        gated = plan.scope == "batch" and not bool(objectives.accepted(base))
+        use = tuned.reason is None and not gated
+        before = _array(cosines)
+        after = _array(logits / scale) if use else before
+        temperature = tuned.temperature if use else 1.0
+        entropy = float(objectives.entropy(base.softmax(-1)))
+        report = Adaptation(
+            method=plan.method,
+            host=plan.host,
+            scope=plan.scope,
+            status="completed" if tuned.reason is None else "fallback",
+            reason=tuned.reason or ("not_accepted" if gated else None),
+            steps=plan.steps,
+            steps_requested=plan.steps,
+            views=plan.views,
+            views_requested=plan.views,
+            views_kept=tuned.kept,
+            entropy_before=entropy,
+            entropy_after=float(objectives.entropy(logits.softmax(-1))) if finite else entropy,
+            kl=float(objectives.kl(logits, base)) if finite else 0.0,
+            label_changed=use and int(after.argmax()) != int(before.argmax()),
+            accepted=use,
+            temperature=temperature,
+            ms=tuned.ms,
+            digest=_digest(after, temperature),
+        )
+        return ImageResult(after, before, scale, report)
+
+
+class _Clock:
+    """Milliseconds per stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.laps[stage] = (now - self._last) * 1000
+        self._last = now
+
+
+def _array(values: Tensor) -> FloatArray:
+    return values.detach().float().cpu().numpy().copy()
+
+
+def _digest(cosines: FloatArray, temperature: float = 1.0) -> str:
+    """Hash of the float32 scores of all classes in the answer used."""
+    data = (cosines / np.float32(temperature)).astype(np.float32).tobytes()
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def _device_errors() -> Iterator[None]:
+    """torch's device errors as this package's own."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory("the device ran out of memory; ask for fewer images, views or classes.") from error
+    except torch.AcceleratorError as error:
+        raise DeviceError("the device failed; the process must be replaced.") from error
