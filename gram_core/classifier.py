@@ -253,7 +253,7 @@ class Classifier:
             cached = self.texts.has(classes)
             base = self.texts.features(classes)
             clock.lap("text")
-            originals = self.backbone.encode_images(torch.stack([i.original for i in images]))
+            originals = self._original_features(images)
             cosines = self._cosines(originals, base)
             clock.lap("image")
             passes = len(images)
@@ -351,34 +351,55 @@ class Classifier:
     def _adapted(
         self, images: Sequence[Prepared], originals: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan
     ) -> list[ImageResult]:
+        seen = self._view_features(images, originals, plan)
         if plan.scope == "image":
-            tuned = [self._tune_image(i, originals[n], cosines[n], classes, plan) for n, i in enumerate(images)]
+            tuned = [self._tune_image(f, o, c, classes, plan) for f, o, c in zip(seen, originals, cosines, strict=True)]
             return [self._result(cosines[n], t, 0, plan) for n, t in enumerate(tuned)]
         order = sorted(range(len(images)), key=lambda i: images[i].sha256)
         index = torch.tensor(order, device=originals.device)
-        tuned_batch = self._tune_batch([images[i] for i in order], originals[index], cosines[index], classes, plan)
+        tuned_batch = self._tune_batch(seen[index], originals[index], cosines[index], classes, plan)
         place = {n: at for at, n in enumerate(order)}
         return [self._result(cosines[n], tuned_batch, place[n], plan) for n in range(len(images))]
 
-    def _view_features(self, image: Prepared, original: Tensor, plan: Plan) -> Tensor:
-        """(V, D): the original's feature, then those of the crops."""
-        config = self.configs[plan.method]
-        size = (int(image.pixels.shape[1]), int(image.pixels.shape[2]))
-        crops = views.boxes(image.sha256, size, plan.views, plan.seed, config.view_scale)
-        if not crops:
-            return original[None]
-        pixels = views.cut(self.backbone, image, crops)
-        return torch.cat([original[None], self.backbone.encode_images(pixels, views=True)])
+    def _original_features(self, images: Sequence[Prepared]) -> Tensor:
+        """(B, D) features of the originals."""
+        return self.backbone.encode_images(torch.stack([i.original for i in images]))
+
+    def _view_features(self, images: Sequence[Prepared], originals: Tensor, plan: Plan) -> Tensor:
+        """(B, V, D): for each image the original's feature, then those of its crops.
+
+        Crops of several images share a pass of the tower; a row's value does not depend on its neighbours there.
+        """
+        scale = self.configs[plan.method].view_scale
+        chunk = self.backbone.view_chunk
+        features: list[Tensor] = []
+        waiting: list[Tensor] = []
+        count = 0
+        for image in images:
+            size = (int(image.pixels.shape[1]), int(image.pixels.shape[2]))
+            crops = views.boxes(image.sha256, size, plan.views, plan.seed, scale)
+            waiting.append(views.cut(self.backbone, image, crops))
+            count += len(crops)
+            if count >= 8 * chunk:  # bounds the pixels held, whatever is asked for
+                pixels = torch.cat(waiting)
+                full = count - count % chunk
+                features.append(self.backbone.encode_images(pixels[:full], views=True))
+                waiting, count = [pixels[full:]], count - full
+        if count:
+            features.append(self.backbone.encode_images(torch.cat(waiting), views=True))
+        if not features:
+            return originals[:, None]
+        crops_BVD = torch.cat(features).reshape(len(images), plan.views - 1, -1)
+        return torch.cat([originals[:, None], crops_BVD], dim=1)
 
     def _tune_batch(
-        self, images: Sequence[Prepared], originals: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan
+        self, features: Tensor, originals: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan
     ) -> _Tuned:
-        """Joint tuning of one variable on all images of the request (docs/method.md, eq. 1 and 2)."""
+        """Joint tuning of one variable on `features` (B, V, D) of all images (docs/method.md, eq. 1 to 4)."""
         started = time.perf_counter()
         assert plan.host is not None
         assert self.root is not None
         host, config = self.hosts[plan.host], self.configs[plan.method]
-        features = torch.stack([self._view_features(i, o, plan) for i, o in zip(images, originals, strict=True)])
         seen = torch.cat([features.flatten(0, 1), self.root[None]])[None]  # (1, B V + 1, D)
         shape = features.shape[:2]
 
@@ -387,7 +408,7 @@ class Classifier:
 
         start = host.start(self.kept[plan.host], classes, 1)
         first, _ = split(host.logits(start, seen, classes))
-        rho = objectives.rehearsal_weight(first.softmax(-1).mean(dim=(1, 2)), len(images))
+        rho = objectives.rehearsal_weight(first.softmax(-1).mean(dim=(1, 2)), len(features))
 
         def loss(params: Params) -> Tensor:
             batch, root = split(host.logits(params, seen, classes))
@@ -402,12 +423,11 @@ class Classifier:
         reason = self._distrust(logits, cosines, float(before), float(after))
         return self._settle(logits, cosines, reason, plan.views, started, gate=True)
 
-    def _tune_image(self, image: Prepared, original: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan) -> _Tuned:
+    def _tune_image(self, features: Tensor, original: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan) -> _Tuned:
         """TPT: marginal entropy of the confident views of one image (Shu et al., NeurIPS 2022)."""
         started = time.perf_counter()
         assert plan.host is not None
         host, config = self.hosts[plan.host], self.configs[plan.method]
-        features = self._view_features(image, original, plan)
         base = self.backbone.logit_scale * features @ self.texts.features(classes).T
         kept = objectives.confident(base[None], config.keep)[0]
         chosen = features[kept][None]
