@@ -116,9 +116,7 @@ def test_the_search_for_forbidden_names_finds_them(line: str) -> None:
 def test_importing_the_wire_layer_loads_no_torch() -> None:
     # In a fresh process: this one has long imported torch.
     program = "import sys, server.app; sys.exit(bool({'torch', 'open_clip', 'timm'} & set(sys.modules)))"
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 
 
@@ -129,26 +127,20 @@ def test_every_locked_requirement_is_exact_and_hashed_and_names_no_host(name: st
     requirements = text.replace("\\\n", " ").splitlines()
     assert requirements
     for requirement in requirements:
-        assert re.fullmatch(r"[a-z0-9.-]+==\S+( ; [^#]+?)?( +--hash=sha256:[0-9a-f]{64})+", requirement), (
-            requirement
-        )
+        assert re.fullmatch(r"[a-z0-9.-]+==\S+( ; [^#]+?)?( +--hash=sha256:[0-9a-f]{64})+", requirement), requirement
 
 
 def test_the_lock_file_holds_every_dependency_of_the_project() -> None:
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["demo"], *extras["dev"]]
-    locked = set(
-        re.findall(r"^([a-z0-9.-]+)==", (ROOT / "requirements" / "lock.txt").read_text(), re.MULTILINE)
-    )
+    locked = set(re.findall(r"^([a-z0-9.-]+)==", (ROOT / "requirements" / "lock.txt").read_text(), re.MULTILINE))
     names = {re.split(r"[\[<>=~!; ]", line)[0].lower().replace("_", "-") for line in wanted}
     assert names <= locked
 
 
 def test_the_version_is_the_newest_of_the_changelog() -> None:
-    released = re.findall(
-        r"^## \[(\d[^]]*)\] - \d{4}-\d{2}-\d{2}$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
-    )
+    released = re.findall(r"^## \[(\d[^]]*)\] - \d{4}-\d{2}-\d{2}$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert released[0] == PYPROJECT["project"]["version"] == gram_core.__version__
 
 

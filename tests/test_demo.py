@@ -14,8 +14,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_demo_answers_every_photograph_before_and_after_and_stops_cleanly() -> None:
     result = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "demo.py")],
-        env=os.environ
-        | {"GRAM_PORT": "1", "GRAM_API_KEYS_FILE": "nowhere"},  # must not reach the demo's server
+        env=os.environ | {"GRAM_PORT": "1", "GRAM_API_KEYS_FILE": "nowhere"},  # must not reach the demo's server
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
