@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -100,16 +101,17 @@ def main(argv: Sequence[str]) -> int:
         settings = read_settings(argv)
     except InvalidSettings as error:
         return _refuse(BAD_SETTINGS, str(error))
-    _log_to_stderr(settings.log_level)
+    log_to_stderr(settings.log_level)
     try:
         port = _bind(settings)
     except OSError as error:
         return _refuse(NO_PORT, f"can't listen on {settings.host}:{settings.port}: {error.strerror}")
-    try:
-        _fetch(settings)
-    except GramError as error:
-        return _refuse(BAD_MODEL, error.message)
-    return serve(create_app(settings), settings, port)
+    with port:
+        try:
+            _fetch(settings)
+        except GramError as error:
+            return _refuse(BAD_MODEL, error.message)
+        return serve(create_app(settings), settings, port)
 
 
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
@@ -156,12 +158,15 @@ def _bind(settings: Settings) -> socket.socket:
 
 
 def _fetch(settings: Settings) -> None:
-    from gram_core.backbone import fetch  # torch, and only here
+    if "/" not in settings.model or Path(settings.model).is_dir():
+        return  # a bundled model or a folder: there is nothing to fetch, and torch can wait
+    from gram_core.backbone import fetch
 
     fetch(settings.model, settings.model_dir, settings.offline)
 
 
-def _log_to_stderr(level: str) -> None:
+def log_to_stderr(level: str) -> None:
+    """JSON lines from here on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -186,9 +186,7 @@ EMPTY: dict[str, Any] = {
 }
 
 
-def _result(
-    result: ImageResult, image: Any, names: Sequence[str], score: str, top_k: int | None
-) -> dict[str, Any]:
+def _result(result: ImageResult, image: Any, names: Sequence[str], score: str, top_k: int | None) -> dict[str, Any]:
     after = _predictions(result.scores(score), names, top_k)
     before = _predictions(result.baseline_scores(score), names, top_k)
     return {

@@ -270,9 +270,7 @@ class Service:
         self, classifier: Classifier, question: Question, posted: list[Posted], lease: Lease
     ) -> list[Any]:
         """Each image prepared for the classifier, or the `ApiError` it gets instead."""
-        checked = await self._in_pool(
-            images.check, [image.data for image in posted], self.settings, self.metrics
-        )
+        checked = await self._in_pool(images.check, [image.data for image in posted], self.settings, self.metrics)
         _first_refusal(checked, question)
         pixels = BYTES_PER_PIXEL * sum(item.pixels for item in checked if isinstance(item, Checked))
         lease.grow(pixels)
@@ -282,9 +280,7 @@ class Service:
             if isinstance(item, ApiError):
                 return item
             async with turn:
-                return await self._in_pool(
-                    images.load, item, index, self.settings, self.metrics, classifier.prepare
-                )
+                return await self._in_pool(images.load, item, index, self.settings, self.metrics, classifier.prepare)
 
         items = await asyncio.gather(*(one(index, item) for index, item in enumerate(checked)))
         _first_refusal(items, question)

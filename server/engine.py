@@ -297,7 +297,7 @@ class Engine:
                 job.future.set_exception(failure or internal())
 
     def _end(self, error: BaseException) -> None:
-        log.critical("engine ended", exc_info=error)
+        log.critical("engine ended", exc_info=None if isinstance(error, GramError) else error)
         with self._turn:
             self.failure = error
             waiting = list(self._queue)

@@ -49,9 +49,7 @@ CLIENT_GONE = 499  # in logs and metrics only
 class ApiError(Exception):
     """An answer that isn't 200: a code of `STATUS`, a sentence, and maybe the field it is about."""
 
-    def __init__(
-        self, code: str, message: str, *, param: str | None = None, retry_after: int | None = None
-    ) -> None:
+    def __init__(self, code: str, message: str, *, param: str | None = None, retry_after: int | None = None) -> None:
         super().__init__(message)
         self.code = code
         self.status = STATUS[code]

@@ -53,9 +53,7 @@ class Metrics:
         self.adaptation_steps = histogram("adaptation_steps", "Steps taken.", COUNTS, "method")
         self.adaptation_views = histogram("adaptation_views", "Views used.", COUNTS, "method")
         self.adaptation_seconds = histogram("adaptation_duration_seconds", "Tuning time.", SECONDS, "method")
-        self.entropy_delta = histogram(
-            "adaptation_entropy_delta", "Entropy after minus before, nats.", NATS, "method"
-        )
+        self.entropy_delta = histogram("adaptation_entropy_delta", "Entropy after minus before, nats.", NATS, "method")
         self.kl = histogram("adaptation_kl", "KL(adapted || baseline), nats.", NATS, "method")
         self.label_changed = counter("adaptation_label_changed_total", "Labels that moved.", "method")
         self.out_of_memory = counter("out_of_memory_total", "Runs without enough memory.", "recovered")

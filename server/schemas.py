@@ -31,6 +31,7 @@ from server.settings import Settings
 MAX_JSON_VALUES = 1_000_000  # a list of empty lists costs 70 bytes of memory for each 3 on the wire
 MAX_NAME, MAX_TEXT, MAX_TEXTS_PER_CLASS, MAX_TEMPLATES, MAX_ID = 256, 512, 100, 100, 128
 MAX_PREDICTIONS = 50_000
+MAX_FIELDS = 32  # more than there are; every unknown one would become an error of its own
 URL = re.compile(r"(?!data:)[A-Za-z][A-Za-z0-9+.\-]*:|//", re.IGNORECASE)  # a reference instead of an image
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
 INTEGER = re.compile(r"-?[0-9]{1,18}")
@@ -182,6 +183,8 @@ def ask(kind: type[Question], data: Any, settings: Settings) -> Any:
     """Validate `data`; the first thing wrong with it becomes the answer."""
     if not isinstance(data, dict):
         raise ApiError("invalid_request", "the request must be a JSON object.")
+    if max(len(data), len(own) if isinstance(own := data.get("adaptation"), dict) else 0) > MAX_FIELDS:
+        raise ApiError("invalid_request", f"an object has more than {MAX_FIELDS} fields.")
     try:
         return kind.model_validate(data, context=settings)
     except ValidationError as error:
@@ -189,7 +192,7 @@ def ask(kind: type[Question], data: Any, settings: Settings) -> Any:
         path, wrong = list(first["loc"]), first["type"]
         if wrong == "extra_forbidden":  # the last step is the caller's own word
             fields = Adaptation.model_fields if path[:-1] else kind.model_fields
-            close = difflib.get_close_matches(str(path[-1]), fields, n=1)
+            close = difflib.get_close_matches(str(path[-1])[:64], fields, n=1)
             hint = f"perhaps {close[0]} was meant" if close else f"known here: {', '.join(sorted(fields))}"
             raise _invalid(f"unknown field; {hint}", ".".join(map(str, path[:-1])) or None) from None
         sentence = SPEAKING.get(wrong) or (_lower(first["msg"]) if wrong in BOUNDED else "is not valid")

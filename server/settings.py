@@ -123,14 +123,8 @@ def read_settings(argv: Sequence[str]) -> Settings:
 
 def usage() -> str:
     """What `--help` prints."""
-    rows = [
-        f"  --{name.replace('_', '-'):<22} {field.default}" for name, field in Settings.model_fields.items()
-    ]
-    return (
-        "python -m server [--NAME VALUE ...]; every flag is also a GRAM_NAME variable.\n\n"
-        + "\n".join(rows)
-        + "\n"
-    )
+    rows = [f"  --{name.replace('_', '-'):<22} {field.default}" for name, field in Settings.model_fields.items()]
+    return "python -m server [--NAME VALUE ...]; every flag is also a GRAM_NAME variable.\n\n" + "\n".join(rows) + "\n"
 
 
 def _flags(argv: Sequence[str]) -> dict[str, str]:

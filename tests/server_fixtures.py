@@ -146,9 +146,7 @@ def live(
     number = port.getsockname()[1]
     try:
         until(lambda: server.started, "the server listens")
-        with httpx.Client(
-            base_url=f"http://127.0.0.1:{number}", timeout=PATIENCE_S, trust_env=False
-        ) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{number}", timeout=PATIENCE_S, trust_env=False) as client:
             if wait:
                 until(lambda: client.get("/readyz").status_code == 200, "the server is ready")
             yield Live(client, app.state.service, number)

@@ -205,6 +205,13 @@ JSON_BODIES: dict[str, tuple[bytes, int, str]] = {
     "100k_nested_arrays": (b"[" * 100_000 + b"]" * 100_000, 400, "malformed_body"),
     "100k_nested_objects": (b'{"a":' * 100_000, 400, "malformed_body"),
     "too_many_values": (b"[" + b"[]," * MAX_JSON_VALUES + b"[]]", 400, "malformed_body"),
+    "a_huge_key": (b'{"' + b"adaptation" * 500_000 + b'": 1}', 422, "invalid_request"),
+    "100k_unknown_fields": (json.dumps({f"k{n}": n for n in range(100_000)}).encode(), 422, "invalid_request"),
+    "100k_unknown_options": (
+        json.dumps({**body(), "adaptation": {f"k{n}": n for n in range(100_000)}}).encode(),
+        422,
+        "invalid_request",
+    ),
     "an_array": (b"[]", 422, "invalid_request"),
     "a_string": (b'"zebracrossing"', 422, "invalid_request"),
     "null": (b"null", 422, "invalid_request"),
@@ -328,9 +335,7 @@ def test_a_form_without_a_boundary_is_refused(server: Live) -> None:
         ("classes=cat&classes=dog&images=1", 422, "invalid_request"),
     ],
 )
-def test_a_raw_image_with_wrong_parameters_is_refused(
-    server: Live, query: str, status: int, expected: str
-) -> None:
+def test_a_raw_image_with_wrong_parameters_is_refused(server: Live, query: str, status: int, expected: str) -> None:
     response = server.client.post(f"/classify?{query}", content=png(), headers={"content-type": "image/png"})
     refused(server, response, status, expected)
 
@@ -344,9 +349,7 @@ def test_query_parameters_beside_a_json_body_are_refused_rather_than_ignored(ser
 
 @pytest.mark.parametrize("member", [m for m in zoo() if not m.heavy], ids=lambda member: member.name)
 def test_every_image_of_the_zoo_is_answered_or_refused_as_documented(server: Live, member: Member) -> None:
-    media = (
-        member.claims if member.claims.startswith("image/") else MEDIA_TYPES.get(member.format, "image/png")
-    )
+    media = member.claims if member.claims.startswith("image/") else MEDIA_TYPES.get(member.format, "image/png")
     response = server.client.post(
         "/classify?classes=cat&classes=dog", content=member.data, headers={"content-type": media}
     )
