@@ -169,8 +169,9 @@ def log_to_stderr(level: str) -> None:
     """JSON lines from here on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)  # other libraries' news can wait
+    for ours in ("server", "gram_core"):
+        logging.getLogger(ours).setLevel(level.upper())
 
 
 def _refuse(code: int, message: str) -> int:

@@ -126,7 +126,8 @@ class Ingress:
                 "stage": exchange.stage,
                 "ms": round(exchange.elapsed_ms(), 1),
             }
-            log.info("request", extra={"fields": fields})
+            level = logging.INFO if fields["method"] == "POST" else logging.DEBUG  # probes would drown the rest
+            log.log(level, "request", extra={"fields": fields})
 
 
 class Budget:

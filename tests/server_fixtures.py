@@ -31,9 +31,9 @@ from server.settings import Settings
 PATIENCE_S = 10.0  # for things that take milliseconds; only a bug waits this long
 
 
-def until(fact: Callable[[], Any], what: str) -> None:
+def until(fact: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> None:
     """Wait for something that is about to become true."""
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + patience_s
     while not fact():
         assert time.monotonic() < end, f"never happened: {what}"
         time.sleep(0.002)
