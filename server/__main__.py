@@ -135,7 +135,7 @@ def serve(app: FastAPI, settings: Settings, port: socket.socket) -> int:
     service: Service = app.state.service
     server = Server(http_config(app, settings), service)
     host, number = port.getsockname()[:2]
-    log.info("listening", extra={"fields": {"host": host, "port": number, "model": settings.model}})
+    log.info("listening", extra={"fields": {"host": host, "port": number}})
     server.run(sockets=[port])
     failure = service.engine.failure
     if server.code != OK:

@@ -57,6 +57,7 @@ from server.schemas import (
 from server.settings import BYTES_PER_PIXEL, Settings
 
 SMALL = 32_768  # bodies up to this many bytes are parsed on the spot
+ABANDON_S = 1.0
 RAW_TYPES = ("application/octet-stream", "image/")
 T = TypeVar("T")
 
@@ -140,7 +141,7 @@ class Service:
             yield
         finally:
             self.draining = True
-            await asyncio.to_thread(self.engine.stop)
+            await asyncio.to_thread(self.engine.stop, ABANDON_S)  # the web server has waited for requests already
             self._decoders.shutdown(wait=False, cancel_futures=True)
             self._desk.shutdown(wait=False, cancel_futures=True)
 
@@ -197,13 +198,14 @@ class Service:
         timeout_ms: int,
     ) -> Response:
         engine, times = self.engine, exchange.timings_ms
+        began = exchange.elapsed_ms()
         class_set = await self._at_desk(_class_set, classifier, question)
+        tokenized = exchange.elapsed_ms()
         tuning = question.adaptation.tuning()
         plan = _planned(classifier, question, len(posted), class_set)
         with engine.place(classifier.cost(plan, len(posted), class_set)) as place:
-            began = exchange.elapsed_ms()
             items = await self._decode(classifier, question, posted, lease)
-            times["decode"] = exchange.elapsed_ms() - began
+            times["decode"] = exchange.elapsed_ms() - tokenized
             prepared = [item for item in items if not isinstance(item, ApiError)]
             answer: Answer | None = None
             if prepared:
@@ -215,6 +217,7 @@ class Service:
                 job = Job(place, prepared, class_set, plan, engine.clock() + left_s)
                 answer = await self._run(job, lease, exchange)
                 times |= {"queue": job.queue_ms, **answer.timings_ms}
+                times["text"] = times.get("text", 0.0) + tokenized - began
                 self.metrics.observe(answer, place.cost, times)
         exchange.stage = "serialise"
         times["total"] = exchange.elapsed_ms()

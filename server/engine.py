@@ -157,13 +157,13 @@ class Engine:
         """Begin to load; returns at once."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Finish what was submitted, then end the thread; blocks until then. A load is not waited for."""
+    def stop(self, patience_s: float = 30.0) -> None:
+        """Finish what was submitted and end the thread; neither a load nor a job that hangs is waited for."""
         with self._turn:
             self._stopping = True
             self._turn.notify()
         if self._thread.is_alive() and self.phase == "ready":
-            self._thread.join()
+            self._thread.join(patience_s)
 
     @contextmanager
     def place(self, cost: float) -> Iterator[Place]:
@@ -235,16 +235,16 @@ class Engine:
             classifier.warm_up()
             self.classifier = classifier
             self._startup_s = self.clock() - self._started
-            self._enter("ready")
+            self._enter("ready", model=classifier.info.name, device=classifier.info.device)
             while (job := self._next()) is not None:
                 self._do(classifier, job)
         except BaseException as error:  # whatever it is: the loop has ended, and everyone must see it
             self._end(error)
 
-    def _enter(self, phase: str) -> None:
+    def _enter(self, phase: str, **facts: str) -> None:
         now = self.clock()
         self._metrics.startup_seconds.labels(self.phase).set(now - self._beat)
-        log.info("startup", extra={"fields": {"phase": phase, "seconds": round(now - self._started, 3)}})
+        log.info("startup", extra={"fields": {"phase": phase, "seconds": round(now - self._started, 3), **facts}})
         self._beat = now
         self.phase = phase
 

@@ -107,6 +107,10 @@ class Ingress:
         try:
             declared_length(headers, self.settings.max_body_bytes)
             await self.app(scope, receive, leave)
+        except asyncio.CancelledError:  # the drain time is over
+            if status == CLIENT_GONE:
+                await refuse(ApiError("draining", "the server stopped before this was done. Ask another one."))
+            raise
         except ClientGone:
             self.metrics.disconnects.labels(exchange.stage).inc()
         except Exception as error:

@@ -651,6 +651,7 @@ def test_help_lists_every_flag() -> None:
 # ---- the process ----
 
 FAKE_PROCESS = """
+SECONDS = 0.3
 import socket, sys, time
 from server.__main__ import log_to_stderr, serve
 from server.__main__ import main
@@ -660,11 +661,11 @@ from server.settings import Settings
 
 class Slow(FakeClassifier):
     def classify(self, images, classes, plan):
-        time.sleep(0.3)
+        time.sleep(SECONDS)
         return super().classify(images, classes, plan)
 
 log_to_stderr("info")
-settings = Settings(drain_s=5)
+settings = Settings(drain_s=1 if SECONDS > 1 else 5)
 sys.exit(serve(create_app(settings, Slow()), settings, socket.create_server(("127.0.0.1", 0))))
 """
 
@@ -742,6 +743,25 @@ def test_a_stop_signal_finishes_what_was_admitted_and_exits_0(start: Callable[..
         until(lambda: "gram_requests_inflight 4.0" in client.get("/metrics").text, "all are admitted")
         process.popen.send_signal(signal.SIGTERM)
         assert [future.result().status_code for future in asked] == [200, 200, 200]
+    assert process.ended(0) == "stopped"
+
+
+def test_work_that_outlasts_the_drain_time_is_abandoned_with_exit_83(start: Callable[..., Process]) -> None:
+    process = start("-c", FAKE_PROCESS.replace("0.3", "30"))
+    with talk(process.url()) as client, ThreadPoolExecutor(1) as pool:
+        until(lambda: client.get("/readyz").status_code == 200, "it is ready")
+        asked = pool.submit(client.post, "/classify", json=body())
+        until(lambda: "gram_requests_inflight 2.0" in client.get("/metrics").text, "it is admitted")
+        process.popen.send_signal(signal.SIGTERM)
+        assert "GRAM_DRAIN_S" in process.ended(83)
+        assert code(asked.result()) == "draining"
+
+
+def test_a_stop_signal_while_the_model_loads_ends_at_once(start: Callable[..., Process]) -> None:
+    process = start("-c", BROKEN_PROCESS.replace("raise", "import time; time.sleep(60); raise"))
+    with talk(process.url()) as client:
+        assert client.get("/startupz").json()["phase"] == "load"
+    process.popen.send_signal(signal.SIGTERM)
     assert process.ended(0) == "stopped"
 
 
