@@ -131,11 +131,12 @@ def live(
     classifier: Classifier | None = None,
     *,
     load: Callable[[], Classifier] | None = None,
+    fake: bool = True,
     wait: bool = True,
     **settings: Any,
 ) -> Iterator[Live]:
-    """The real app under the real uvicorn, in a thread."""
-    if classifier is None and load is None:
+    """The real app under the real uvicorn, in a thread; with a fake classifier unless told otherwise."""
+    if fake and classifier is None and load is None:
         classifier = FakeClassifier()
     chosen = Settings(**settings)
     app = create_app(chosen, classifier, load=load)

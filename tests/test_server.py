@@ -315,9 +315,9 @@ def test_a_client_that_leaves_while_queued_is_dropped_before_its_turn() -> None:
     with busy() as (server, classifier, _):
         with server.connect() as connection:
             connection.sendall(request_bytes(json.dumps(body(png(9))).encode()))
-            until(lambda: server.service.engine.queue_cost == 1, "it waits")
-        until(lambda: server.service.engine.queue_cost == 0, "it is dropped")
-        assert server.metric("gram_client_disconnects_total", stage="queue") == 1
+            until(lambda: server.service.engine._queue, "it waits")
+        until(lambda: server.metric("gram_client_disconnects_total", stage="queue") == 1, "it is dropped")
+        assert server.service.engine.queue_cost == 0
         assert server.metric("gram_requests_total", code="499", route="/classify") == 1
         classifier.gate.set()
     assert len(classifier.runs) == 2
@@ -557,6 +557,7 @@ def test_metrics_count_what_happened() -> None:
         server.ask(classes=[])
         server.client.get("/unknown/" + "x" * 50)
         server.ask(b"GIF89a")
+        until(lambda: server.metric("gram_requests_total", route="/v1/classify", code="415") == 1, "it is counted")
         assert server.metric("gram_requests_total", route="/v1/classify", code="200") == 2
         assert server.metric("gram_requests_total", route="/v1/classify", code="422") == 1
         assert server.metric("gram_requests_total", route="other", code="404") == 1
@@ -744,6 +745,7 @@ def test_a_stop_signal_finishes_what_was_admitted_and_exits_0(start: Callable[..
         process.popen.send_signal(signal.SIGTERM)
         assert [future.result().status_code for future in asked] == [200, 200, 200]
     assert process.ended(0) == "stopped"
+    assert [entry["route"] for entry in process.lines() if entry["event"] == "request"] == ["/classify"] * 3
 
 
 def test_work_that_outlasts_the_drain_time_is_abandoned_with_exit_83(start: Callable[..., Process]) -> None:
@@ -811,20 +813,22 @@ def test_a_model_that_cannot_be_loaded_exits_65(start: Callable[..., Process]) -
     assert "traceback" not in process.log.read_text()
 
 
-def test_a_real_model_is_loaded_warmed_up_and_answers(tiny_dir: Path, start: Callable[..., Process]) -> None:
-    process = start("-m", "server", "--port", "0", "--model", str(tiny_dir))
-    with talk(process.url()) as client:
-        assert client.get("/livez").status_code == 200
-        until(lambda: client.get("/readyz").status_code == 200, "it is ready", patience_s=60)
-        plain = client.post("/classify", json=body(adaptation={"method": "none"}))
-        tuned = client.post("/classify", json=body(adaptation={"method": "tpt", "views": 8}))
-        assert results(tuned)[0]["adaptation"]["status"] in ("completed", "fallback")
-        assert results(tuned)[0]["baseline"] == results(plain)[0]["baseline"]
-        assert code(client.post("/classify", json=body(classes=["cat", "a " * 90]))) == "class_text_too_long"
-        assert code(client.post("/classify", json=body(templates=["{} {}"]))) == "bad_template"
-    process.popen.send_signal(signal.SIGTERM)
-    process.ended(0)
-    assert {entry["route"] for entry in process.lines() if entry["event"] == "request"} == {"/classify"}
+def test_a_real_model_is_loaded_warmed_up_and_answers(tiny_dir: Path) -> None:
+    with live(fake=False, model=str(tiny_dir), device="cpu", default_views=8) as server:
+        (plain,) = results(server.ask(adaptation={"method": "none"}))
+        (tuned,) = results(server.ask(adaptation={"method": "tpt"}))
+        assert tuned["adaptation"]["status"] in ("completed", "fallback")
+        assert tuned["adaptation"]["views_requested"] == 8
+        assert tuned["baseline"] == plain["baseline"]
+        together = results(server.ask(*(png(n) for n in range(9)), adaptation={"method": "none"}))
+        assert together[0]["baseline"] == plain["baseline"]
+        assert code(server.ask(classes=["cat", "a " * 90])) == "class_text_too_long"
+        assert code(server.ask(templates=["{} {}"])) == "bad_template"
+        assert code(server.ask(adaptation={"method": "infomax"})) == "method_unavailable"  # it has no root
+        assert code(server.ask(adaptation={"scope": "batch"})) == "method_unavailable"
+        assert len(results(server.ask(templates=[]))) == len(results(server.ask(classes={"a": ["x"], "b": ["y"]})))
+        assert server.client.get("/info").json()["model"]["weights_sha256"] != "random"
+        server.assert_well()
 
 
 def test_the_wire_layer_starts_without_torch() -> None:
