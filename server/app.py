@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import parse_qsl
 
@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse, Response
 
 from gram_core import __version__
 from gram_core.errors import GramError, InvalidClasses
-from gram_core.types import Answer
+from gram_core.types import Answer, Plan
 from server import images
 from server.answers import ClassifyAnswer, ErrorAnswer, classification
 from server.engine import Classifier, Engine, Job
@@ -120,6 +120,22 @@ def create_app(
     return app
 
 
+@dataclass
+class Call:
+    """One classification on its way: who answers it, what is asked, and what it holds."""
+
+    classifier: Classifier
+    question: Question
+    posted: list[Posted]
+    exchange: Exchange
+    lease: Lease
+    timeout_ms: int
+
+    def left_s(self) -> float:
+        """Seconds until its deadline."""
+        return (self.timeout_ms - self.exchange.elapsed_ms()) / 1000
+
+
 class Service:
     """What the routes share: the engine, the pools and the byte budget of one app."""
 
@@ -162,81 +178,64 @@ class Service:
             body = await read_body(exchange, request.receive, self.settings)
             lease.grow(len(body) - lease.size)
             exchange.stage = "decode"
-            work = self._answer(request, classifier, media, body, exchange, lease)
-            return await unless_gone(request.receive, work)
+            return await unless_gone(request.receive, self._answer(request, media, body, classifier, exchange, lease))
         finally:
             lease.release()
 
     async def _answer(
-        self,
-        request: Request,
-        classifier: Classifier,
-        media: str,
-        body: bytes,
-        exchange: Exchange,
-        lease: Lease,
+        self, request: Request, media: str, body: bytes, classifier: Classifier, exchange: Exchange, lease: Lease
     ) -> Response:
         if media == "application/json" and len(body) <= SMALL:
             question, posted = self._read(request, media, body)
         else:
             question, posted = await self._at_desk(self._read, request, media, body)
         timeout_ms = question.timeout_ms or self.settings.timeout_ms
+        call = Call(classifier, question, posted, exchange, lease, timeout_ms)
         try:
-            async with asyncio.timeout((timeout_ms - exchange.elapsed_ms()) / 1000):
-                return await self._classify(classifier, question, posted, exchange, lease, timeout_ms)
+            async with asyncio.timeout(call.left_s()):
+                return await self._classify(call)
         except TimeoutError:  # the engine says the same of a job whose time is up when its turn comes
             self.metrics.rejected.labels("deadline").inc()
-            raise ApiError("deadline_exceeded", f"no answer within {timeout_ms} ms (timeout_ms)") from None
+            raise ApiError("deadline_exceeded", f"no answer within {timeout_ms} ms (timeout_ms).") from None
 
-    async def _classify(
-        self,
-        classifier: Classifier,
-        question: Question,
-        posted: list[Posted],
-        exchange: Exchange,
-        lease: Lease,
-        timeout_ms: int,
-    ) -> Response:
-        engine, times = self.engine, exchange.timings_ms
-        began = exchange.elapsed_ms()
-        class_set = await self._at_desk(_class_set, classifier, question)
-        tokenized = exchange.elapsed_ms()
-        tuning = question.adaptation.tuning()
-        plan = _planned(classifier, question, len(posted), class_set)
-        with engine.place(classifier.cost(plan, len(posted), class_set)) as place:
-            items = await self._decode(classifier, question, posted, lease)
-            times["decode"] = exchange.elapsed_ms() - tokenized
+    async def _classify(self, call: Call) -> Response:
+        classifier, engine, times = call.classifier, self.engine, call.exchange.timings_ms
+        began = call.exchange.elapsed_ms()
+        class_set = await self._at_desk(_class_set, call)
+        plan = _plan(call, len(call.posted), class_set)
+        tokenized = call.exchange.elapsed_ms()
+        with engine.place(classifier.cost(plan, len(call.posted), class_set)) as place:
+            items = await self._decode(call)
+            times["decode"] = call.exchange.elapsed_ms() - tokenized
             prepared = [item for item in items if not isinstance(item, ApiError)]
             answer: Answer | None = None
             if prepared:
-                if len(prepared) != len(posted):
-                    plan = classifier.plan(tuning, len(prepared), class_set)
+                if len(prepared) != len(items):
+                    plan = _plan(call, len(prepared), class_set)
                     engine.reprice(place, classifier.cost(plan, len(prepared), class_set))
-                exchange.stage = "queue"
-                left_s = (timeout_ms - exchange.elapsed_ms()) / 1000
-                job = Job(place, prepared, class_set, plan, engine.clock() + left_s)
-                answer = await self._run(job, lease, exchange)
+                call.exchange.stage = "queue"
+                job = Job(place, prepared, class_set, plan, engine.clock() + call.left_s())
+                answer = await self._run(job, call)
                 times |= {"queue": job.queue_ms, **answer.timings_ms}
                 times["text"] = times.get("text", 0.0) + tokenized - began
                 self.metrics.observe(answer, place.cost, times)
-        exchange.stage = "serialise"
-        times["total"] = exchange.elapsed_ms()
+        call.exchange.stage = "serialise"
+        times["total"] = call.exchange.elapsed_ms()
         content = await self._at_desk(
             lambda: classification(
-                request_id=exchange.request_id,
+                request_id=call.exchange.request_id,
                 created=int(time.time()),
                 model=classifier.info,
                 class_set=class_set,
-                score=question.score,
-                top_k=question.top_k,
-                items=[(image.id, item) for image, item in zip(posted, items, strict=True)],
+                score=call.question.score,
+                top_k=call.question.top_k,
+                items=[(image.id, item) for image, item in zip(call.posted, items, strict=True)],
                 answer=answer,
                 cost=place.cost if answer is not None else 0.0,
                 timings_ms=times,
             )
         )
-        spent_ms = exchange.elapsed_ms() - times["total"]
-        self.metrics.stage_seconds.labels("serialise").observe(spent_ms / 1000)
+        self.metrics.stage_seconds.labels("serialise").observe((call.exchange.elapsed_ms() - times["total"]) / 1000)
         return Response(content, media_type="application/json")
 
     def _read(self, request: Request, media: str, body: bytes) -> tuple[Question, list[Posted]]:
@@ -249,14 +248,11 @@ class Service:
         if query:
             raise ApiError("invalid_request", "query parameters go with a raw image body only.")
         if media == "application/json":
-            request_ = ask(ClassifyRequest, read_json(body), settings)
-            bound_predictions(request_, len(request_.images))
-            return request_, request_.images
-        parts = split_multipart(
-            body,
-            request.headers["content-type"],
-            max_parts=settings.max_images + settings.max_classes + 128,
-        )
+            whole = ask(ClassifyRequest, read_json(body), settings)
+            bound_predictions(whole, len(whole.images))
+            return whole, whole.images
+        most = settings.max_images + settings.max_classes + 128
+        parts = split_multipart(body, request.headers["content-type"], max_parts=most)
         posted = [Posted(bytes(part.data)) for part in parts if part.name == "image"]
         bound_images(len(posted), settings)
         others = [(part.name, bytes(part.data)) for part in parts if part.name != "image"]
@@ -269,39 +265,37 @@ class Service:
         bound_predictions(question, len(posted))
         return question, posted
 
-    async def _decode(
-        self, classifier: Classifier, question: Question, posted: list[Posted], lease: Lease
-    ) -> list[Any]:
+    async def _decode(self, call: Call) -> list[Any]:
         """Each image prepared for the classifier, or the `ApiError` it gets instead."""
-        checked = await self._in_pool(images.check, [image.data for image in posted], self.settings, self.metrics)
-        _first_refusal(checked, question)
+        settings, metrics, prepare = self.settings, self.metrics, call.classifier.prepare
+        checked = await self._in_pool(images.check, [image.data for image in call.posted], settings, metrics)
+        _first_refusal(checked, call.question)
         pixels = BYTES_PER_PIXEL * sum(item.pixels for item in checked if isinstance(item, Checked))
-        lease.grow(pixels)
-        turn = asyncio.Semaphore(self.settings.decode_threads)  # one request never fills the pool's queue
+        call.lease.grow(pixels)
+        turn = asyncio.Semaphore(settings.decode_threads)  # one request never fills the pool's queue
 
         async def one(index: int, item: Checked | ApiError) -> Any:
             if isinstance(item, ApiError):
                 return item
             async with turn:
-                return await self._in_pool(images.load, item, index, self.settings, self.metrics, classifier.prepare)
+                return await self._in_pool(images.load, item, index, settings, metrics, prepare)
 
         items = await asyncio.gather(*(one(index, item) for index, item in enumerate(checked)))
-        _first_refusal(items, question)
+        _first_refusal(items, call.question)
         kept = sum(item.nbytes for item in items if not isinstance(item, ApiError))
-        lease.grow(min(0, kept - pixels))
+        call.lease.grow(min(0, kept - pixels))
         return items
 
-    async def _run(self, job: Job, lease: Lease, exchange: Exchange) -> Answer:
-        loop = asyncio.get_running_loop()
+    async def _run(self, job: Job, call: Call) -> Answer:
         try:
             return await self.engine.submit(job)
         except GramError as error:
             raise from_core(error) from error
         finally:
             if job.future.running():  # the caller has gone, but the engine still holds these images
-                exchange.stage = "adapt"
-                held = lease.size
-                lease.size = 0
+                call.exchange.stage = "adapt"
+                loop, held = asyncio.get_running_loop(), call.lease.size
+                call.lease.size = 0
 
                 def give_back(_: Any) -> None:
                     with suppress(RuntimeError):  # the loop is closed
@@ -392,22 +386,21 @@ def _load(settings: Settings) -> Classifier:
     )
 
 
-def _class_set(classifier: Classifier, question: Question) -> Any:
+def _class_set(call: Call) -> Any:
     try:
-        return classifier.class_set(question.classes, question.templates)
+        return call.classifier.class_set(call.question.classes, call.question.templates)
     except InvalidClasses as error:
         field = "templates" if error.code in ("bad_template", "templates_not_allowed") else "classes"
         raise from_core(error, field) from error
 
 
-def _planned(classifier: Classifier, question: Question, images_: int, class_set: Any) -> Any:
-    host = question.adaptation.host
-    if host is not None and host not in classifier.info.hosts:
-        known = ", ".join(classifier.info.hosts)
-        sentence = f"no such host on this model. It has {known}."
+def _plan(call: Call, count: int, class_set: Any) -> Plan:
+    host, known = call.question.adaptation.host, call.classifier.info.hosts
+    if host is not None and host not in known:
+        sentence = f"no such host on this model. It has {', '.join(known)}."
         raise ApiError("method_unavailable", sentence, param="adaptation.host")
     try:
-        return classifier.plan(question.adaptation.tuning(), images_, class_set)
+        return call.classifier.plan(call.question.adaptation.tuning(), count, class_set)
     except GramError as error:
         raise from_core(error) from error
 
