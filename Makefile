@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LOCK := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet
 
-.PHONY: install check test demo serve lock audit
+.PHONY: install check test demo serve bench lock audit
 
 install: $(READY)
 
@@ -25,6 +25,10 @@ demo: $(READY)
 
 serve: $(READY)
 	$(BIN)/python -m server
+
+bench: $(READY)
+	$(BIN)/python benchmarks/text_path.py
+	$(BIN)/python benchmarks/throughput.py
 
 lock: $(READY)
 	$(BIN)/uv pip compile $(LOCK) --extra demo --extra dev pyproject.toml -o requirements/lock.txt
