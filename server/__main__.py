@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +39,7 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line."""
         line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "time": _stamp(record.created),
             "level": record.levelname.lower(),
             "event": record.getMessage(),
             **getattr(record, "fields", {}),
@@ -170,18 +170,23 @@ def log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)  # other libraries' news can wait
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every bad form
     for ours in ("server", "gram_core"):
         logging.getLogger(ours).setLevel(level.upper())
 
 
 def _refuse(code: int, message: str) -> int:
     """The last line: why the process ends."""
-    sys.stderr.write(json.dumps({"level": "critical", "event": message, "code": code}) + "\n")
+    line = {"time": _stamp(time.time()), "level": "critical", "event": message, "code": code}
+    sys.stderr.write(json.dumps(line) + "\n")
     return code
 
 
+def _stamp(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     code = main(sys.argv[1:])
     logging.shutdown()
     sys.stderr.flush()

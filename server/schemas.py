@@ -203,19 +203,20 @@ def question_of(fields: Iterable[tuple[str, str]], settings: Settings) -> Questi
     """The form and query way to ask: repeated names make lists, digits make integers."""
     data: dict[str, Any] = {}
     options: dict[str, Any] = {}
+    lists: dict[str, list[str]] = {}
     for name, text in fields:
-        into = options if name in Adaptation.model_fields else data
-        value: Any
-        if name == "class_set":
-            name, value = "classes", {"class_set": text}
-        elif name in ("classes", "templates"):
-            into.setdefault(name, []).append(text)
+        if name in ("classes", "templates"):
+            lists.setdefault(name, []).append(text)
             continue
-        else:
-            value = int(text) if INTEGER.fullmatch(text) else text
+        into = options if name in Adaptation.model_fields else data
         if name in into or name == "adaptation":
             raise _invalid("a field is given twice, or can't be given in a form", None)
-        into[name] = value
+        into[name] = int(text) if INTEGER.fullmatch(text) else text
+    if "class_set" in data:
+        data["classes"] = {"class_set": str(data.pop("class_set"))}
+    if data.keys() & lists.keys():
+        raise _invalid("send either classes or a class_set", "classes")
+    data |= lists
     question: Question = ask(Question, {**data, "adaptation": options}, settings)
     return question
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from server.schemas import MAX_JSON_VALUES
+from server.errors import ApiError
+from server.ingress import split_multipart
+from server.schemas import MAX_JSON_VALUES, Adaptation, ClassifyRequest, ask, question_of, read_json
+from server.settings import Settings
 from tests.server_fixtures import Live, answered, b64, body, code, live, png
 from tests.zoo import MEDIA_TYPES, Member, zoo
 
@@ -291,6 +297,7 @@ FORMS: dict[str, tuple[bytes, int, str]] = {
     "field_twice": (PNG_PART + CLASSES + part("seed", b"1") * 2 + END, 422, "invalid_request"),
     "views_not_a_number": (PNG_PART + CLASSES + part("views", b"ten") + END, 422, "invalid_request"),
     "class_set": (PNG_PART + part("class_set", b"cs_0") + END, 501, "class_sets_disabled"),
+    "classes_and_class_set": (PNG_PART + part("class_set", b"cs") + CLASSES + END, 422, "invalid_request"),
     "class_set_and_classes": (PNG_PART + CLASSES + part("class_set", b"cs") + END, 422, "invalid_request"),
     "field_not_utf_8": (PNG_PART + CLASSES + part("classes", b"\xff") + END, 400, "malformed_body"),
     "request_and_fields": (PNG_PART + REQUEST + CLASSES + END, 422, "invalid_request"),
@@ -453,3 +460,55 @@ def test_base64_may_be_broken_into_lines_and_wrapped_in_a_data_url(server: Live)
     ]
     results = server.ask(images=forms).json()["results"]
     assert len({json.dumps(result["predictions"]) for result in results}) == 1
+
+
+# ---- whatever comes ----
+
+repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=200)
+LEAF = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["gram", "none", "auto", "{}", "cat", "data:;base64,", "http:", "//"])
+)
+NAME = st.text(max_size=5) | st.sampled_from(["class_set", "method", "steps", "host", "data", "id", "url"])
+VALUE = st.recursive(LEAF, lambda of: st.lists(of, max_size=4) | st.dictionaries(NAME, of, max_size=4), max_leaves=8)
+FIELD = st.sampled_from([*ClassifyRequest.model_fields, *Adaptation.model_fields, "class_set", "other"])
+PIECE = st.sampled_from(
+    [
+        b'Content-Disposition: form-data; name="image"',
+        b'; filename="',
+        *b'\r\n\r\n|\r\n|--b|--|:|=|;|x|name|\x00|\xff|"'.split(b"|"),
+    ]
+)
+
+
+def only_api_errors(work: Callable[[], object]) -> None:
+    with suppress(ApiError):
+        work()
+
+
+@repeatable
+@given(st.dictionaries(FIELD, VALUE, max_size=9))
+def test_any_json_object_is_a_request_or_an_api_error(data: dict[str, Any]) -> None:
+    only_api_errors(lambda: ask(ClassifyRequest, data, Settings()))
+
+
+@repeatable
+@given(st.lists(st.tuples(FIELD, st.text(max_size=10) | st.sampled_from(["1", "-1", "tpt", "cat"])), max_size=6))
+def test_any_list_of_fields_is_a_question_or_an_api_error(fields: list[tuple[str, str]]) -> None:
+    only_api_errors(lambda: question_of(fields, Settings()))
+
+
+@repeatable
+@given(st.lists(PIECE, max_size=25).map(b"".join))
+def test_any_bytes_are_a_form_or_an_api_error(content: bytes) -> None:
+    only_api_errors(lambda: split_multipart(content, "multipart/form-data; boundary=b", max_parts=3))
+
+
+@repeatable
+@given(st.binary(max_size=200) | st.text(max_size=100).map(str.encode))
+def test_any_bytes_are_json_or_an_api_error(content: bytes) -> None:
+    only_api_errors(lambda: read_json(content))

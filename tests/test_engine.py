@@ -90,9 +90,7 @@ def test_every_caller_gets_the_answer_to_its_own_image() -> None:
     with engine() as it:
         answers = together(*(run(it, seed) for seed in range(20)))
         alone = [asyncio.run(run(it, seed)) for seed in range(20)]
-    assert [a.results[0].adaptation.digest for a in answers] == [
-        a.results[0].adaptation.digest for a in alone
-    ]
+    assert [a.results[0].adaptation.digest for a in answers] == [a.results[0].adaptation.digest for a in alone]
     assert len({a.results[0].adaptation.digest for a in alone}) > 15
 
 
