@@ -49,6 +49,7 @@ def save_root(path_dir: Path, root: Root) -> None:
     """Write `root.safetensors` and `root.json` into a model's folder."""
     path_dir.mkdir(parents=True, exist_ok=True)
     save_file({"visual": np.ascontiguousarray(root.visual)}, path_dir / ARRAYS)
+    (path_dir / ARRAYS).chmod(0o644)  # safetensors writes for the owner alone
     header = {
         "format": FORMAT,
         "fingerprint": root.fingerprint,
