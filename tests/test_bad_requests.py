@@ -464,7 +464,8 @@ def test_base64_may_be_broken_into_lines_and_wrapped_in_a_data_url(server: Live)
 
 # ---- whatever comes ----
 
-repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=200)
+repeatable = settings(derandomize=True, deadline=None, database=None, max_examples=100)
+LIMITS = Settings()
 LEAF = (
     st.none()
     | st.booleans()
@@ -474,7 +475,7 @@ LEAF = (
     | st.sampled_from(["gram", "none", "auto", "{}", "cat", "data:;base64,", "http:", "//"])
 )
 NAME = st.text(max_size=5) | st.sampled_from(["class_set", "method", "steps", "host", "data", "id", "url"])
-VALUE = st.recursive(LEAF, lambda of: st.lists(of, max_size=4) | st.dictionaries(NAME, of, max_size=4), max_leaves=8)
+VALUE = st.recursive(LEAF, lambda of: st.lists(of, max_size=4) | st.dictionaries(NAME, of, max_size=4), max_leaves=4)
 FIELD = st.sampled_from([*ClassifyRequest.model_fields, *Adaptation.model_fields, "class_set", "other"])
 PIECE = st.sampled_from(
     [
@@ -493,13 +494,13 @@ def only_api_errors(work: Callable[[], object]) -> None:
 @repeatable
 @given(st.dictionaries(FIELD, VALUE, max_size=9))
 def test_any_json_object_is_a_request_or_an_api_error(data: dict[str, Any]) -> None:
-    only_api_errors(lambda: ask(ClassifyRequest, data, Settings()))
+    only_api_errors(lambda: ask(ClassifyRequest, data, LIMITS))
 
 
 @repeatable
 @given(st.lists(st.tuples(FIELD, st.text(max_size=10) | st.sampled_from(["1", "-1", "tpt", "cat"])), max_size=6))
 def test_any_list_of_fields_is_a_question_or_an_api_error(fields: list[tuple[str, str]]) -> None:
-    only_api_errors(lambda: question_of(fields, Settings()))
+    only_api_errors(lambda: question_of(fields, LIMITS))
 
 
 @repeatable
