@@ -94,7 +94,7 @@ def encode(weights: TextWeights, texts: Pack, context: Tensor | None = None) -> 
     p = len(texts.prefix)
     ids = torch.cat([texts.prefix, texts.suffix])
     places = torch.cat([torch.arange(p, device=ids.device), texts.at])
-    x = weights.tokens[ids]
+    x = F.embedding(ids, weights.tokens)
     if context is None:
         x = x[None]
     else:
