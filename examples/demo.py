@@ -155,7 +155,7 @@ def top_one(side: dict[str, Any], truth: str) -> str:
 
 
 def summary_of(answer: dict[str, Any], seconds: float) -> str:
-    """What was done, in three lines."""
+    """What was done, in four lines."""
     results, truths = answer["results"], list(PHOTOS.values())
     adaptations = [result["adaptation"] for result in results]
     first = adaptations[0]
@@ -167,6 +167,7 @@ def summary_of(answer: dict[str, Any], seconds: float) -> str:
         f"as a person would say: {before} before, {after} after\n"
         f"method {first['method']}, scope {first['scope']}, {first['steps']} steps, {first['views']} views; "
         f"status: {', '.join(f'{outcome} ({count})' for outcome, count in outcomes.items())}\n"
+        "entropies in nats before the temperature that keeps a tuned answer's confidence calibrated, scores after it\n"
         f"model {answer['model']['name']} (weights {answer['model']['weights_sha256'][:12]})"
     )
 
