@@ -157,6 +157,7 @@ def finetune(
         teacher.load_state_dict(state["teacher"])
         optimiser.load_state_dict(state["optimiser"])
         average.mean, average.count, first = state["mean"], state["count"], state["step"] + 1
+        corpus.rng = np.random.default_rng([settings.seed, first])
         log.info("resumed after step %d", first - 1)
     start, sums = time.monotonic(), dict[str, float]()
     for step in range(first, cfg.steps + 1):

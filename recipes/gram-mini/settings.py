@@ -82,6 +82,22 @@ class Finetune:
     text_batch: int = 96
     clean_share: float = 0.5
     self_distil: float = 1.0
+    polish_steps: int = 300
+    polish_lr: float = 6.0e-4
+    polish_core_share: float = 0.75
+
+
+@dataclass(frozen=True, kw_only=True)
+class Polish:
+    """Step D: the text tower alone, towards the map that step C left."""
+
+    steps: int = 4000
+    batch: int = 192
+    others: int = 64
+    lr: float = 1.0e-3
+    weight_decay: float = 0.05
+    relations: float = 1.0
+    core_share: float = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +116,7 @@ class Settings:
     teacher: Teacher = Teacher()
     text: Text = Text()
     finetune: Finetune = Finetune()
+    polish: Polish = Polish()
 
 
 def _fill(cls: type[Any], table: dict[str, Any], where: str) -> Any:

@@ -91,6 +91,7 @@ def train_text(
     *,
     steps: int,
     lr: float,
+    core_share: float = 0.4,
     report: Callable[[nn.Module], str] | None = None,
 ) -> None:
     """Distil the map into the text tower; both are given, only the tower moves."""
@@ -99,6 +100,7 @@ def train_text(
         name_goal, caption_goal = text_map(corpus.name_vectors), text_map(corpus.caption_vectors)
     optimiser = torch.optim.AdamW(text_groups(model, lr, 0.05), betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
+    model.zero_grad(set_to_none=True)
     start, mean = time.monotonic(), 0.0
     for step in range(1, steps + 1):
         if corpus.rng.random() < cfg.captions_share:
@@ -106,7 +108,7 @@ def train_text(
             rows, strings = corpus.caption_rows(items)
             loss = distil_batch(model, texts.tokens(strings), caption_goal[rows], cfg.relations)
         else:
-            names = texts.draw_names(cfg.batch)
+            names = texts.draw_names(cfg.batch, core_share=core_share)
             loss = distil_batch(model, texts.in_templates(names), name_goal[names], cfg.relations)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
