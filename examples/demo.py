@@ -45,7 +45,7 @@ DISTRACTORS = ("airplane", "bicycle", "dog", "pizza", "sailboat", "tree")
 CLASSES = sorted({*PHOTOS.values(), *DISTRACTORS})
 MEDIA_TYPES = {".jpg": "image/jpeg", ".png": "image/png"}
 
-START_SECONDS = 120
+START_SECONDS = 240  # a cold disk and a busy machine; a few seconds otherwise
 REQUEST_SECONDS = 120
 STOP_SECONDS = 45  # above the server's own drain time
 KEPT_SETTINGS = ("GRAM_DEVICE", "GRAM_PRECISION")  # of the caller's GRAM_* environment
