@@ -167,7 +167,7 @@ def summary_of(answer: dict[str, Any], seconds: float) -> str:
         f"as a person would say: {before} before, {after} after\n"
         f"method {first['method']}, scope {first['scope']}, {first['steps']} steps, {first['views']} views; "
         f"status: {', '.join(f'{outcome} ({count})' for outcome, count in outcomes.items())}\n"
-        "entropies in nats before the temperature that keeps a tuned answer's confidence calibrated, scores after it\n"
+        "entropy in nats, before the temperature that calibrates a tuned answer; scores after it\n"
         f"model {answer['model']['name']} (weights {answer['model']['weights_sha256'][:12]})"
     )
 
