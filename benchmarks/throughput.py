@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from examples.demo import CLASSES, PHOTOS, running_server  # noqa: E402
+from examples.demo import CLASSES, PHOTOS, running_server
 
 MODES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero-shot, 1 image": (1, {"method": "none"}),

@@ -5,11 +5,13 @@
 
 DIR holds `cifar10.zip`, `imagenette.zip`, `pacs.zip` (folders of class folders). Of each set a seeded, class-balanced
 subsample of --images is taken (--list writes the file names). Each window is one request to `Classifier.classify`,
-with acceptance, temperature and every fallback of the product; only the features of an image are kept between
-windows. Kinds: `iid` draws images at random; `imbalanced` draws class shares from Dirichlet(0.3) per window;
-`sorted` takes consecutive images of a stream sorted by class (the order of classes is drawn); `single` takes one class.
-Figures are points of top-1 over zero-shot with a 95 % bootstrap interval over whole windows, and the expected
-calibration error (15 equal-width bins).
+with acceptance, temperature and every fallback of the product; only the features of an image (views of seed 0) are
+kept between windows.
+
+Kinds: `iid` draws images at random; `imbalanced` draws class shares from Dirichlet(0.3) per window; `sorted` takes
+consecutive images of a stream sorted by class (the order of classes is drawn); `single` takes one class. Figures are
+points of top-1 over zero-shot with a 95 % bootstrap interval over whole windows, and the expected calibration error
+(15 equal-width bins).
 """
 
 from __future__ import annotations
@@ -148,15 +150,15 @@ def measure(
     images: list[Prepared],
     labels: NDArray[np.int64],
     names: list[str],
-    drawn: list[tuple[int, list[int]]],
+    drawn: list[list[int]],
     tuning: Tuning,
 ) -> dict[str, Any]:
     """One cell: every window is one request."""
     classes = classifier.class_set(names)
     gains, milliseconds, statuses = [], [], {}
     before, after, sure_before, sure_after = [], [], [], []
-    for seed, window in drawn:
-        plan = classifier.plan(replace(tuning, seed=seed), len(window), classes)
+    for window in drawn:
+        plan = classifier.plan(tuning, len(window), classes)
         answer = classifier.classify([images[i] for i in window], classes, plan)
         truth = labels[window]
         zero = np.array([r.baseline_scores() for r in answer.results])
@@ -228,7 +230,7 @@ def main() -> None:
         for kind in args.kinds:
             for size in args.sizes:
                 share = -(-args.windows // args.seeds)
-                drawn = [(s, w) for s in range(args.seeds) for w in windows(labels, kind, size, share, s)]
+                drawn = [w for s in range(args.seeds) for w in windows(labels, kind, size, share, s)]
                 cell = measure(classifier, images, labels, names, drawn, tuning)
                 cells[f"{name}/{kind}/{size}"] = cell
                 low, high = cell["interval"]

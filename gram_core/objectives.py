@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-ACCEPT_BELOW = 1.0  # zero-shot logit gap below which a tuned answer replaces zero-shot (docs/method.md, acceptance)
+ACCEPT_BELOW = 1.0  # largest zero-shot logit gap that a tuned answer may overrule, reached with many images
+ACCEPT_HALF = 8  # images at which half of that gap may be overruled
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -66,10 +67,13 @@ def rehearsal_weight(marginal: Tensor, images: int) -> Tensor:
     return 0.4 + 2 * deficit + 5 / images
 
 
-def accepted(baseline: Tensor) -> Tensor:
-    """Which images (...) take the tuned answer: those whose zero-shot logits (..., K) leave a gap below 1."""
+def accepted(baseline: Tensor, images: int) -> Tensor:
+    """Which images (...) take the tuned answer: zero-shot logits (..., K) whose first two differ by less than n/(n+8).
+
+    What few images say together overrules zero-shot only where it was nearly undecided.
+    """
     top = baseline.topk(2, dim=-1).values
-    return (top[..., 0] - top[..., 1]) < ACCEPT_BELOW
+    return (top[..., 0] - top[..., 1]) < ACCEPT_BELOW * images / (images + ACCEPT_HALF)
 
 
 def temperature(logits: Tensor, confidence: Tensor, steps: int = 40) -> Tensor:

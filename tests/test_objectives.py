@@ -81,8 +81,9 @@ def test_rehearsal_weight_follows_the_formula_and_grows_with_skew() -> None:
 
 
 def test_only_uncertain_images_take_the_tuned_answer() -> None:
-    x = torch.tensor([[2.0, 1.5, 0.0], [2.0, 0.5, 0.0], [1.0, 1.0, 1.0]])
-    assert objectives.accepted(x).tolist() == [True, False, True]
+    x = torch.tensor([[2.0, 1.4, 0.0], [2.0, 0.5, 0.0], [1.0, 1.0, 1.0]])
+    assert objectives.accepted(x, 32).tolist() == [True, False, True]  # gaps below 0.8
+    assert objectives.accepted(x, 8).tolist() == [False, False, True]  # gaps below 0.5
 
 
 @pytest.mark.parametrize("target", [0.35, 0.6, 0.95])

@@ -1,7 +1,8 @@
 """Build gram-mini, the bundled model, from public ingredients: see model.toml for the command, cost and figures.
 
 Stages run in order, each leaves its result in --work and is skipped when that result exists:
-split, views, features, words, sentences, teacher (step A), text (step B), finetune (step C), export, root.
+split, views, features, words, sentences, teacher (step A), text (step B), finetune (step C), polish (step D), export,
+root.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
 }
-STAGES = ("split", "views", "features", "words", "sentences", "teacher", "text", "finetune", "export", "root")
+STAGES = ("split", "views", "features", "words", "sentences", "teacher", "text", "finetune", "polish", "export", "root")
 log = logging.getLogger("gram-mini")
 
 
@@ -38,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=here / "model.toml")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--until", choices=STAGES, default="root", help="stop after this stage")
-    parser.add_argument("--skip-finetune", action="store_true", help="leave step C out: a quick first model")
+    parser.add_argument("--skip-finetune", action="store_true", help="leave steps C and D out: a quick first model")
     return parser.parse_args(argv)
 
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(settings, data=args.data, models=args.models, wordnet=args.wordnet, work=args.work, out=args.out)
     for stage in STAGES[: STAGES.index(args.until) + 1]:
-        if stage == "finetune" and args.skip_finetune:
+        if stage in ("finetune", "polish") and args.skip_finetune:
             continue
         random.seed(settings.seed)
         np.random.seed(settings.seed)

@@ -91,12 +91,14 @@ class Finetune:
 class Polish:
     """Step D: the text tower alone, towards the map that step C left."""
 
-    steps: int = 4000
-    batch: int = 192
-    others: int = 64
+    views: int = 12000
+    steps: int = 2400
+    batch: int = 256
+    images: int = 512
     lr: float = 1.0e-3
     weight_decay: float = 0.05
     relations: float = 1.0
+    naming: float = 0.5
     core_share: float = 0.4
 
 

@@ -18,6 +18,7 @@ from features import Classifier1000, build_features, traced, trunk_features
 from finetune import finetune
 from minilm import MiniLM
 from numpy.typing import NDArray
+from polish import Seen, polish
 from root import build_root
 from safetensors.torch import load_file, save_file
 from settings import Settings
@@ -234,10 +235,32 @@ class Recipe:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
         return True
 
+    def polish(self) -> bool:
+        """Step D."""
+        path = self.work / "step-d.safetensors"
+        if path.exists():
+            return False
+        cfg, size = self.settings.polish, self.settings.image_size
+        model = self._fresh()
+        model.load_state_dict(load_file(self.work / "step-c.safetensors"))
+        model.visual.requires_grad_(False)
+        teacher = self._teacher()
+        teacher.load_state_dict(load_file(self.work / "step-c-teacher.safetensors"))
+        images = [image_features(model, s.pixels, size).clone() for s in self.choosing]
+        rows = Seen.choose(self.corpus, cfg.views, self.settings.seed)
+        seen = Seen(rows, image_features(model, self.corpus.views.pixels[rows], size).clone())
+
+        def report(model: nn.Module) -> str:
+            return accuracies(self.choosing, text_logits(model, images, self.choosing, self.settings.context))
+
+        polish(model, teacher.eval(), seen, self.corpus, self.settings, self.work / "step-d.pt", report)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+        return True
+
     def export(self) -> bool:
         """Write the model in open_clip's format with a calibrated logit scale, the held-out list and checksums."""
-        done = self.work / "step-c.safetensors"
-        state = load_file(done if done.exists() else self.work / "step-b.safetensors")
+        done = [self.work / f"step-{step}.safetensors" for step in "dcb"]
+        state = load_file(next(path for path in done if path.exists()))
         model = self._fresh()
         model.load_state_dict(state)
         images = [image_features(model, s.pixels, self.settings.image_size) for s in self.choosing]
