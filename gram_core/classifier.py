@@ -56,9 +56,10 @@ TPT = TuneConfig(
 
 @dataclass(frozen=True, eq=False)
 class _Tuned:
-    """Outcome of one tuning over n images; `logits` (n, K) before the temperature, on the originals."""
+    """Outcome of one tuning over n images; `logits` (n, K) before the temperature, `accepted` (n,)."""
 
     logits: Tensor
+    accepted: Tensor
     reason: str | None
     kept: int
     temperature: float
@@ -422,7 +423,8 @@ class Classifier:
         after = objectives.entropy(last.softmax(-1).mean(2)).mean()
         logits = host.logits(params, originals[None], classes)[0]
         reason = self._distrust(logits, cosines, float(before), float(after))
-        return self._settle(logits, cosines, reason, plan.views, started, gate=True)
+        accepted = objectives.accepted(cosines * self.backbone.logit_scale, logits, originals)
+        return self._settle(logits, cosines, accepted, reason, plan.views, started)
 
     def _tune_image(self, features: Tensor, original: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan) -> _Tuned:
         """TPT: marginal entropy of the confident views of one image (Shu et al., NeurIPS 2022)."""
@@ -445,7 +447,8 @@ class Classifier:
         after = objectives.marginal_entropy(final[:, :-1])
         logits = final[0, -1:]
         reason = self._distrust(logits, cosines[None], float(before), float(after))
-        return self._settle(logits, cosines[None], reason, len(kept), started, gate=False)
+        always = torch.ones(1, dtype=torch.bool, device=logits.device)
+        return self._settle(logits, cosines[None], always, reason, len(kept), started)
 
     def _distrust(self, logits: Tensor, cosines: Tensor, before: float, after: float) -> str | None:
         """Why a tuning is discarded, or None (api.md section 3)."""
@@ -457,27 +460,23 @@ class Classifier:
         return "kl_cap" if float(distance) > self.kl_cap else None
 
     def _settle(
-        self, logits: Tensor, cosines: Tensor, reason: str | None, kept: int, started: float, gate: bool
+        self, logits: Tensor, cosines: Tensor, accepted: Tensor, reason: str | None, kept: int, started: float
     ) -> _Tuned:
-        """Give the tuned answers, as a group, the mean confidence that zero-shot has on the same images."""
+        """Give the accepted answers, as a group, the mean confidence that zero-shot has on the same images."""
         sharpness = 1.0
-        if reason is None:
-            base = cosines * self.backbone.logit_scale
-            take = torch.ones(len(base), dtype=torch.bool, device=base.device)
-            if gate:
-                take = objectives.accepted(base, len(base))
-            if bool(take.any()):
-                confidence = base[take].softmax(-1).amax(-1).mean()[None]
-                sharpness = float(objectives.temperature(logits[take][None], confidence))
-        return _Tuned(logits, reason, kept, sharpness, (time.perf_counter() - started) * 1000)
+        if reason is not None:
+            accepted = torch.zeros_like(accepted)
+        elif bool(accepted.any()):
+            confidence = (cosines[accepted] * self.backbone.logit_scale).softmax(-1).amax(-1).mean()[None]
+            sharpness = float(objectives.temperature(logits[accepted][None], confidence))
+        return _Tuned(logits, accepted, reason, kept, sharpness, (time.perf_counter() - started) * 1000)
 
     def _result(self, cosines: Tensor, tuned: _Tuned, row: int, plan: Plan) -> ImageResult:
         scale = self.backbone.logit_scale
         base = cosines * scale
         logits = tuned.logits[row]
         finite = tuned.reason != "not_finite"
-        gated = plan.scope == "batch" and not bool(objectives.accepted(base, len(tuned.logits)))
-        use = tuned.reason is None and not gated
+        use = bool(tuned.accepted[row])
         before = _array(cosines)
         after = _array(logits / scale) if use else before
         temperature = tuned.temperature if use else 1.0
@@ -487,7 +486,7 @@ class Classifier:
             host=plan.host,
             scope=plan.scope,
             status="completed" if tuned.reason is None else "fallback",
-            reason=tuned.reason or ("not_accepted" if gated else None),
+            reason=tuned.reason or (None if use else "not_accepted"),
             steps=plan.steps,
             steps_requested=plan.steps,
             views=plan.views,

@@ -12,6 +12,8 @@ from torch import Tensor
 
 ACCEPT_BELOW = 1.0  # largest zero-shot logit gap that a tuned answer may overrule, reached with many images
 ACCEPT_HALF = 8  # images at which half of that gap may be overruled
+NEIGHBOURS = 3  # images of the same request that are asked
+CONSENT = 0.7  # share of the neighbours' probability that must stand behind the tuned label
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ def infomax(logits: Tensor, root: Tensor | None = None, rho: float | Tensor = 0.
 
 
 def rehearsal_weight(marginal: Tensor, images: int) -> Tensor:
-    """rho (E,) = 0.4 + 2 d + 5/n: how much the root weighs against n images with zero-shot `marginal` (E, K).
+    """rho (E,) = 0.1 + 2 d + 5/n: how much the root weighs against n images with zero-shot `marginal` (E, K).
 
     d is the deficit of the marginal's entropy against what n images of C equally frequent classes would show:
     log C less the Miller-Madow bias (C - 1) / 2n (Miller, 1955), at least half of log C.
@@ -64,16 +66,27 @@ def rehearsal_weight(marginal: Tensor, images: int) -> Tensor:
     full = math.log(classes)
     expected = max(full - (classes - 1) / (2 * images), 0.5 * full)
     deficit = (1 - entropy(marginal) / expected).clamp_min(0)
-    return 0.4 + 2 * deficit + 5 / images
+    return 0.1 + 2 * deficit + 5 / images
 
 
-def accepted(baseline: Tensor, images: int) -> Tensor:
-    """Which images (...) take the tuned answer: zero-shot logits (..., K) whose first two differ by less than n/(n+8).
+def accepted(baseline: Tensor, tuned: Tensor, features: Tensor) -> Tensor:
+    """Which of n images (n,) take the tuned answer; logits (n, K) before and after, features (n, D).
 
-    What few images say together overrules zero-shot only where it was nearly undecided.
+    Two conditions. Zero-shot must be undecided: its first two logits differ by less than n / (n + 8). And the request
+    must agree: where the label changes, the image's three nearest neighbours in the request, as zero-shot sees them,
+    must give at least 1 / 0.7 times as much probability to the new label as to the old one.
     """
+    count = len(baseline)
     top = baseline.topk(2, dim=-1).values
-    return (top[..., 0] - top[..., 1]) < ACCEPT_BELOW * images / (images + ACCEPT_HALF)
+    undecided = (top[:, 0] - top[:, 1]) < ACCEPT_BELOW * count / (count + ACCEPT_HALF)
+    if count < 2:
+        return undecided
+    similar = (features @ features.T).fill_diagonal_(-torch.inf)
+    near = similar.topk(min(NEIGHBOURS, count - 1), dim=-1).indices
+    around = baseline.softmax(-1)[near].mean(dim=1)  # (n, K)
+    old, new = baseline.argmax(-1, keepdim=True), tuned.argmax(-1, keepdim=True)
+    agreed = CONSENT * around.gather(1, new) >= around.gather(1, old)
+    return undecided & (agreed | (old == new))[:, 0]
 
 
 def temperature(logits: Tensor, confidence: Tensor, steps: int = 40) -> Tensor:

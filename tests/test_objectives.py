@@ -71,19 +71,40 @@ def test_the_root_takes_its_share_of_the_marginal() -> None:
 
 def test_rehearsal_weight_follows_the_formula_and_grows_with_skew() -> None:
     uniform, skewed = torch.full((1, 10), 0.1), torch.tensor([[0.91] + [0.01] * 9])
-    assert float(objectives.rehearsal_weight(uniform, 32)) == pytest.approx(0.4 + 5 / 32)
+    assert float(objectives.rehearsal_weight(uniform, 32)) == pytest.approx(0.1 + 5 / 32)
     expected = max(math.log(10) - 9 / 64, 0.5 * math.log(10))
     deficit = 1 - float(objectives.entropy(skewed)) / expected
-    assert float(objectives.rehearsal_weight(skewed, 32)) == pytest.approx(0.4 + 2 * deficit + 5 / 32, abs=1e-5)
+    assert float(objectives.rehearsal_weight(skewed, 32)) == pytest.approx(0.1 + 2 * deficit + 5 / 32, abs=1e-5)
     # many classes and few images: the bias would exceed half of log C, the floor holds
     few = float(objectives.rehearsal_weight(torch.full((1, 1000), 1e-3), 8))
-    assert few == pytest.approx(0.4 + 5 / 8)
+    assert few == pytest.approx(0.1 + 5 / 8)
 
 
-def test_only_uncertain_images_take_the_tuned_answer() -> None:
-    x = torch.tensor([[2.0, 1.4, 0.0], [2.0, 0.5, 0.0], [1.0, 1.0, 1.0]])
-    assert objectives.accepted(x, 32).tolist() == [True, False, True]  # gaps below 0.8
-    assert objectives.accepted(x, 8).tolist() == [False, False, True]  # gaps below 0.5
+def test_only_undecided_images_take_the_tuned_answer_and_fewer_images_overrule_less() -> None:
+    base = torch.tensor([[2.0, 1.4, 0.0], [2.0, 0.5, 0.0], [1.0, 0.9, 1.0]])
+    same = torch.eye(3)  # the label stays: neighbours are not asked
+
+    def taken(copies: int) -> list[bool]:
+        x = base.repeat(copies, 1)
+        return objectives.accepted(x, x, same.repeat(copies, 1))[:3].tolist()
+
+    assert taken(11) == [True, False, True]  # 33 images: gaps below 0.80
+    assert taken(3) == [False, False, True]  # 9 images: gaps below 0.53
+
+
+def test_a_new_label_needs_the_consent_of_the_nearest_images() -> None:
+    features = torch.nn.functional.normalize(
+        torch.tensor(
+            [[1.0, 0.0], [1.0, 0.1], [1.0, -0.1], [0.9, 0.1], [0.0, 1.0], [0.1, 1.0], [-0.1, 1.0], [0.1, 0.9]]
+        ),
+        dim=-1,
+    )
+    base = torch.tensor([[1.0, 0.9, 0.0]] + [[0.0, 3.0, 0.0]] * 3 + [[1.0, 0.9, 0.0]] + [[3.0, 0.0, 0.0]] * 3)
+    tuned = base.clone()
+    tuned[[0, 4]] = torch.tensor([0.0, 2.0, 0.0])  # both want to change from class 0 to class 1
+    taken = objectives.accepted(base, tuned, features)
+    assert bool(taken[0])  # its neighbours are class 1
+    assert not bool(taken[4])  # its neighbours are class 0
 
 
 @pytest.mark.parametrize("target", [0.35, 0.6, 0.95])
