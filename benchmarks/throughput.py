@@ -95,7 +95,9 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20, help="per mode")
-    parser.add_argument("--clients", type=int, default=2, help="requests under way at once")
+    parser.add_argument(
+        "--clients", type=int, default=1, help="requests under way at once; beyond one, 429 is an answer"
+    )
     args = parser.parse_args()
     pool = photographs(96)
     rows = {}
