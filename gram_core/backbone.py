@@ -145,9 +145,10 @@ def fetch(model: str, model_dir: Path | None = None, offline: bool = False) -> N
     download = _Download(repo, folder, name)
     download(WEIGHTS)
     if config is None:
-        download(CONFIG)
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        (folder / CONFIG).unlink()  # written again below, last: its presence says that the rest is complete
+        aside = folder / ".partial"  # a config in its place says that the rest is complete: a kill must not leave one
+        _Download(repo, aside, name)(CONFIG)
+        config = json.loads((aside / CONFIG).read_text(encoding="utf-8"))
+        shutil.rmtree(aside)
         if config.get("model_cfg", {}).get("text_cfg", {}).get("hf_tokenizer_name"):
             for file in TOKENIZER_FILES:
                 download(file, required=file == "tokenizer.json")
