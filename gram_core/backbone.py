@@ -240,6 +240,18 @@ def bundled_models() -> list[str]:
     return sorted(p.parent.name for p in ASSETS.glob(f"*/{CONFIG}"))
 
 
+def imagenet_names() -> tuple[str, ...]:
+    """The 1,000 ImageNet class names of CLIP's authors as open_clip carries them, in the order of the sorted WordNet
+    ids; some names occur twice."""
+    return tuple(open_clip.IMAGENET_CLASSNAMES)
+
+
+def template_sets() -> dict[str, tuple[str, ...]]:
+    """The prompt templates that open_clip carries: `simple` (7) and `openai` (80), each with one `{}`."""
+    sets = {"simple": open_clip.SIMPLE_IMAGENET_TEMPLATES, "openai": open_clip.OPENAI_IMAGENET_TEMPLATES}
+    return {name: tuple(template("{}") for template in templates) for name, templates in sets.items()}
+
+
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, hex."""
     with path.open("rb") as file:

@@ -10,6 +10,8 @@ Messages say what was got, what was expected and what to do; they never echo the
       InvalidImage           bytes that are not an acceptable image
       InvalidClasses         class names, templates or sentences that can't be used
       InvalidTuning          an adaptation option outside its range
+      InvalidData            labelled images that can't be read as they were named (offline only)
+      InvalidConfig          a recipe or option with an unknown name or a wrong value (offline only)
       MethodUnavailable      a method or host that this model can't serve
       OutOfMemory            the device ran out of memory
       DeviceError            the device failed in any other way
@@ -66,6 +68,18 @@ class InvalidTuning(GramError):
     """An adaptation option outside its range."""
 
     code = "invalid_request"
+
+
+class InvalidData(GramError):
+    """Labelled images that can't be read as they were named."""
+
+    code = "invalid_data"
+
+
+class InvalidConfig(GramError):
+    """A recipe or an option with an unknown name, a wrong type or a value out of range."""
+
+    code = "invalid_config"
 
 
 class MethodUnavailable(GramError):
