@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from gram_core import backbone as towers
-from gram_core import objectives, views
-from gram_core.adapt import UPDATES, adapt, of
+from gram_core import baselines, objectives, views
 from gram_core.backbone import Backbone
 from gram_core.errors import DeviceError, FingerprintMismatch, InvalidTuning, MethodUnavailable, OutOfMemory
 from gram_core.images import DecodedImage
@@ -52,6 +51,15 @@ INFOMAX = TuneConfig(steps=20, views=8, lr={"residual": 2e-4, "coop": 2e-3}, upd
 TPT = TuneConfig(
     steps=1, views=64, lr={"coop": 5e-3, "residual": 1e-3}, update="sign", view_scale=(0.08, 1.0), keep=0.1
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Frozen features of B images: `originals` (B, D), `views` (B, V, D) with the original first, and their hashes."""
+
+    originals: Tensor
+    views: Tensor | None
+    sha256: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,17 +267,28 @@ class Classifier:
             cosines = self._cosines(originals, base)
             clock.lap("image")
             passes = len(images)
-            text_passes = 0 if cached else classes.texts
-            if plan.skip:
-                results = [self._plain(cosines[i], plan) for i in range(len(images))]
-            else:
-                results = self._adapted(images, originals, cosines, classes, plan)
+            crops = None
+            if not plan.skip:
+                crops = self._view_features(images, originals, plan)
                 passes += len(images) * (plan.views - 1)
-                if plan.host == "coop":
-                    episodes = len(images) if plan.scope == "image" else 1
-                    text_passes += episodes * len(classes) * (plan.steps + 1)
+            seen = Seen(originals, crops, tuple(i.sha256 for i in images))
+            results, text_passes = self._results(seen, cosines, classes, plan)
             clock.lap("adapt")
+        text_passes += 0 if cached else classes.texts
         return Answer(tuple(results), "hit" if cached else "miss", passes, text_passes, clock.laps)
+
+    def see(self, images: Sequence[Prepared], plan: Plan) -> Seen:
+        """What the image tower says of `images` under a plan: `answer(see(images))` is `classify(images)`."""
+        with _device_errors(), torch.no_grad():
+            originals = self._original_features(images)
+            crops = None if plan.skip else self._view_features(images, originals, plan)
+            return Seen(originals, crops, tuple(i.sha256 for i in images))
+
+    def answer(self, seen: Seen, classes: ClassSet, plan: Plan) -> tuple[ImageResult, ...]:
+        """`classify` on features that are there already, bit for bit."""
+        with _device_errors(), torch.no_grad():
+            cosines = self._cosines(seen.originals, self.texts.features(classes))
+            return tuple(self._results(seen, cosines, classes, plan)[0])
 
     def warm_up(self) -> None:
         """One zero-shot forward and one tuning of every method, and the measured weight of a text pass."""
@@ -350,18 +369,23 @@ class Classifier:
         )
         return ImageResult(values, values, self.backbone.logit_scale, report)
 
-    def _adapted(
-        self, images: Sequence[Prepared], originals: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan
-    ) -> list[ImageResult]:
-        seen = self._view_features(images, originals, plan)
+    def _results(self, seen: Seen, cosines: Tensor, classes: ClassSet, plan: Plan) -> tuple[list[ImageResult], int]:
+        """One result per image, and the text passes that tuning took."""
+        count = len(seen.originals)
+        if plan.skip:
+            return [self._plain(cosines[n], plan) for n in range(count)], 0
+        assert seen.views is not None
+        episodes = count if plan.scope == "image" else 1
+        text_passes = episodes * len(classes) * (plan.steps + 1) if plan.host == "coop" else 0
         if plan.scope == "image":
-            tuned = [self._tune_image(f, o, c, classes, plan) for f, o, c in zip(seen, originals, cosines, strict=True)]
-            return [self._result(cosines[n], t, 0, plan) for n, t in enumerate(tuned)]
-        order = sorted(range(len(images)), key=lambda i: images[i].sha256)
-        index = torch.tensor(order, device=originals.device)
-        tuned_batch = self._tune_batch(seen[index], originals[index], cosines[index], classes, plan)
+            rows = zip(seen.views, seen.originals, cosines, strict=True)
+            tuned = [self._tune_image(f, o, c, classes, plan) for f, o, c in rows]
+            return [self._result(cosines[n], t, 0, plan) for n, t in enumerate(tuned)], text_passes
+        order = sorted(range(count), key=lambda n: seen.sha256[n])
+        index = torch.tensor(order, device=seen.originals.device)
+        batch = self._tune_batch(seen.views[index], seen.originals[index], cosines[index], classes, plan)
         place = {n: at for at, n in enumerate(order)}
-        return [self._result(cosines[n], tuned_batch, place[n], plan) for n in range(len(images))]
+        return [self._result(cosines[n], batch, place[n], plan) for n in range(count)], text_passes
 
     def _original_features(self, images: Sequence[Prepared]) -> Tensor:
         """(B, D) features of the originals."""
@@ -397,50 +421,40 @@ class Classifier:
     def _tune_batch(
         self, features: Tensor, originals: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan
     ) -> _Tuned:
-        """Joint tuning of one variable on `features` (B, V, D) of all images (docs/method.md, eq. 1 to 4)."""
+        """Joint tuning of one variable on `features` (B, V, D) of all images, and what speaks against it."""
         started = time.perf_counter()
         assert plan.host is not None
         assert self.root is not None
         host, config = self.hosts[plan.host], self.configs[plan.method]
-        seen = torch.cat([features.flatten(0, 1), self.root[None]])[None]  # (1, B V + 1, D)
-        shape = features.shape[:2]
-
-        def split(logits: Tensor) -> tuple[Tensor, Tensor]:
-            return logits[:, :-1].reshape(1, *shape, -1), logits[:, -1]
-
         start = host.start(self.kept[plan.host], classes, 1)
-        first, _ = split(host.logits(start, seen, classes))
-        rho = objectives.rehearsal_weight(first.softmax(-1).mean(dim=(1, 2)), len(features))
-
-        def loss(params: Params) -> Tensor:
-            batch, root = split(host.logits(params, seen, classes))
-            return objectives.infomax(batch, root, rho)
-
-        lr, update = config.lr[plan.host], UPDATES[config.update]
-        params = adapt(of(loss), start, update=update, lr=lr, steps=plan.steps)
-        last, _ = split(host.logits(params, seen, classes))
-        before = objectives.entropy(first.softmax(-1).mean(2)).mean()
-        after = objectives.entropy(last.softmax(-1).mean(2)).mean()
-        logits = host.logits(params, originals[None], classes)[0]
+        joint = baselines.infomax(
+            host,
+            classes,
+            start,
+            features[None],
+            root=self.root,
+            lr=config.lr[plan.host],
+            steps=plan.steps,
+            update=config.update,
+        )
+        before = objectives.entropy(joint.before.softmax(-1).mean(2)).mean()
+        after = objectives.entropy(joint.after.softmax(-1).mean(2)).mean()
+        logits = host.logits(joint.params, originals[None], classes)[0]
         reason = self._distrust(logits, cosines, float(before), float(after))
         accepted = objectives.accepted(cosines * self.backbone.logit_scale, logits, originals)
         return self._settle(logits, cosines, accepted, reason, plan.views, started)
 
     def _tune_image(self, features: Tensor, original: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan) -> _Tuned:
-        """TPT: marginal entropy of the confident views of one image (Shu et al., NeurIPS 2022)."""
+        """TPT on `features` (V, D) of one image, and what speaks against it."""
         started = time.perf_counter()
         assert plan.host is not None
         host, config = self.hosts[plan.host], self.configs[plan.method]
         base = self.backbone.logit_scale * features @ self.texts.features(classes).T
         kept = objectives.confident(base[None], config.keep)[0]
         chosen = features[kept][None]
-
-        def loss(params: Params) -> Tensor:
-            return objectives.marginal_entropy(host.logits(params, chosen, classes))
-
         start = host.start(self.kept[plan.host], classes, 1)
-        lr, update = config.lr[plan.host], UPDATES[config.update]
-        params = adapt(of(loss), start, update=update, lr=lr, steps=plan.steps)
+        lr = config.lr[plan.host]
+        params = baselines.marginal(host, classes, start, chosen, lr=lr, update=config.update, steps=plan.steps)
         # one text pass answers both: the kept views for the check, the original for the answer
         final = host.logits(params, torch.cat([chosen, original[None, None]], dim=1), classes)
         before = objectives.marginal_entropy(base[kept][None])
