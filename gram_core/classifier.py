@@ -55,11 +55,17 @@ TPT = TuneConfig(
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Frozen features of B images: `originals` (B, D), `views` (B, V, D) with the original first, and their hashes."""
+    """Frozen features of B images: `views` (B, V, D) with the original first, the images' hashes, and the
+    milliseconds that cutting their crops took (on a CUDA device: that starting to cut them took)."""
 
-    originals: Tensor
-    views: Tensor | None
+    views: Tensor
     sha256: tuple[bytes, ...]
+    cut_ms: float = 0.0
+
+    @property
+    def originals(self) -> Tensor:
+        """(B, D)."""
+        return self.views[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,22 +273,27 @@ class Classifier:
             cosines = self._cosines(originals, base)
             clock.lap("image")
             passes = len(images)
-            crops = None
+            views_ = originals[:, None]
             if not plan.skip:
-                crops = self._view_features(images, originals, plan)
+                scale = self.configs[plan.method].view_scale
+                views_ = self._view_features(images, originals, plan.views, plan.seed, scale)
                 passes += len(images) * (plan.views - 1)
-            seen = Seen(originals, crops, tuple(i.sha256 for i in images))
+            seen = Seen(views_, tuple(i.sha256 for i in images))
             results, text_passes = self._results(seen, cosines, classes, plan)
             clock.lap("adapt")
         text_passes += 0 if cached else classes.texts
         return Answer(tuple(results), "hit" if cached else "miss", passes, text_passes, clock.laps)
 
-    def see(self, images: Sequence[Prepared], plan: Plan) -> Seen:
-        """What the image tower says of `images` under a plan: `answer(see(images))` is `classify(images)`."""
+    def see(self, images: Sequence[Prepared], views: int, seed: int, scale: tuple[float, float]) -> Seen:
+        """What the image tower says of `images`: one view is the original alone, the others are crops of `scale`.
+
+        With a plan's views and seed and its method's scale, `answer` gives on it what `classify` gives on the images.
+        """
         with _device_errors(), torch.no_grad():
             originals = self._original_features(images)
-            crops = None if plan.skip else self._view_features(images, originals, plan)
-            return Seen(originals, crops, tuple(i.sha256 for i in images))
+            clock = _Clock()
+            seen = self._view_features(images, originals, views, seed, scale, clock)
+            return Seen(seen, tuple(i.sha256 for i in images), clock.laps.get("cut", 0.0))
 
     def answer(self, seen: Seen, classes: ClassSet, plan: Plan) -> tuple[ImageResult, ...]:
         """`classify` on features that are there already, bit for bit."""
@@ -371,10 +382,9 @@ class Classifier:
 
     def _results(self, seen: Seen, cosines: Tensor, classes: ClassSet, plan: Plan) -> tuple[list[ImageResult], int]:
         """One result per image, and the text passes that tuning took."""
-        count = len(seen.originals)
+        count = len(seen.views)
         if plan.skip:
             return [self._plain(cosines[n], plan) for n in range(count)], 0
-        assert seen.views is not None
         episodes = count if plan.scope == "image" else 1
         text_passes = episodes * len(classes) * (plan.steps + 1) if plan.host == "coop" else 0
         if plan.scope == "image":
@@ -391,31 +401,41 @@ class Classifier:
         """(B, D) features of the originals."""
         return self.backbone.encode_images(torch.stack([i.original for i in images]))
 
-    def _view_features(self, images: Sequence[Prepared], originals: Tensor, plan: Plan) -> Tensor:
+    def _view_features(
+        self,
+        images: Sequence[Prepared],
+        originals: Tensor,
+        count: int,
+        seed: int,
+        scale: tuple[float, float],
+        clock: _Clock | None = None,
+    ) -> Tensor:
         """(B, V, D): for each image the original's feature, then those of its crops.
 
         Crops of several images share a pass of the tower; a row's value does not depend on its neighbours there.
         """
-        scale = self.configs[plan.method].view_scale
+        if count == 1:
+            return originals[:, None]
         chunk = self.backbone.view_chunk
         features: list[Tensor] = []
         waiting: list[Tensor] = []
-        count = 0
+        held = 0
         for image in images:
             size = (int(image.pixels.shape[1]), int(image.pixels.shape[2]))
-            crops = views.boxes(image.sha256, size, plan.views, plan.seed, scale)
+            crops = views.boxes(image.sha256, size, count, seed, scale)
+            started = time.perf_counter()
             waiting.append(views.cut(self.backbone, image, crops))
-            count += len(crops)
-            if count >= 8 * chunk:  # bounds the pixels held, whatever is asked for
+            if clock is not None:
+                clock.laps["cut"] = clock.laps.get("cut", 0.0) + (time.perf_counter() - started) * 1000
+            held += len(crops)
+            if held >= 8 * chunk:  # bounds the pixels held, whatever is asked for
                 pixels = torch.cat(waiting)
-                full = count - count % chunk
+                full = held - held % chunk
                 features.append(self.backbone.encode_images(pixels[:full], views=True))
-                waiting, count = [pixels[full:]], count - full
-        if count:
+                waiting, held = [pixels[full:]], held - full
+        if held:
             features.append(self.backbone.encode_images(torch.cat(waiting), views=True))
-        if not features:
-            return originals[:, None]
-        crops_BVD = torch.cat(features).reshape(len(images), plan.views - 1, -1)
+        crops_BVD = torch.cat(features).reshape(len(images), count - 1, -1)
         return torch.cat([originals[:, None], crops_BVD], dim=1)
 
     def _tune_batch(

@@ -305,6 +305,11 @@ class TextEncoder:
         """Baseline class features (K, D): texts encoded, averaged per class, normalised again as open_clip does."""
         return self._kept(classes, "baseline", self._baseline)
 
+    def encode_afresh(self, classes: ClassSet) -> Tensor:
+        """The baseline features, computed whether or not they are kept: for measuring what they cost."""
+        with torch.no_grad():
+            return self._baseline(classes)
+
     def start_features(self, classes: ClassSet) -> Tensor:
         """Features (K, D) of `a photo of a {name}.`, the texts of a context before any tuning."""
         if classes.starts_at_baseline:

@@ -1,7 +1,8 @@
 """Test-time baselines written a second time, slowly: one image, one view, one class after another, in float64.
 
-From the definitions alone (`zero`: Farina et al., NeurIPS 2024; `mta`: Zanella and Ben Ayed, CVPR 2024; `tda`: Karmanov
-et al., CVPR 2024; `stata`: Zanella et al., CVPR 2025; `tpt`: Shu et al., NeurIPS 2022; `c_tpt`: Yoon et al., ICLR 2024).
+From the definitions alone: `zero` (Farina et al., NeurIPS 2024), `mta` (Zanella and Ben Ayed, CVPR 2024), `Tda`
+(Karmanov et al., CVPR 2024), `stata` (Zanella et al., CVPR 2025), `tpt` (Shu et al., NeurIPS 2022) and, with a
+dispersion, C-TPT (Yoon et al., ICLR 2024).
 They share no code with the product, and are not used by it.
 """
 
@@ -35,6 +36,24 @@ def unit(x: Array) -> Array:
 
 def exact(x: Any) -> Array:
     return np.asarray(x, dtype=np.float64)
+
+
+def episodes(
+    seed: int, count: int, views: int, classes: int, dims: int, noise: float = 2.5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seeded unit features (count, views, dims) around class directions, and those directions (classes, dims).
+
+    `RandomState` is frozen by numpy, so saved outputs keep their inputs.
+    """
+    rng = np.random.RandomState(seed)
+    texts = rng.standard_normal((classes, dims))
+    texts /= np.linalg.norm(texts, axis=-1, keepdims=True)
+    own = texts[rng.randint(0, classes, count)] + noise * rng.standard_normal((count, dims)) / math.sqrt(dims)
+    x = own[:, None]
+    if views > 1:
+        x = x + 2.5 * rng.standard_normal((count, views, dims)) / math.sqrt(dims)
+    x = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    return torch.tensor(x, dtype=torch.float32), torch.tensor(texts, dtype=torch.float32)
 
 
 # ---- ZERO ----

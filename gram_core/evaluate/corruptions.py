@@ -1,18 +1,18 @@
 """The 15 corruptions of ImageNet-C, made on the fly: Hendrycks & Dietterich, "Benchmarking Neural Network Robustness to
-Common Corruptions and Perturbations", ICLR 2019, section 4 and appendix B; github.com/hendrycks/robustness, Apache-2.0.
+Common Corruptions and Perturbations", ICLR 2019, section 4; their code is github.com/hendrycks/robustness, Apache-2.0.
 
-The severity parameters are those of that repository's `create_c/make_imagenet_c.py`, the code is our own. They are meant
-for 224 pixels, so every image is first brought to a short side of 224: a 32-pixel image is disturbed as a photograph of
-224 pixels would be. **That is not CIFAR-10-C**, which has parameters of its own for 32 pixels: figures made here can be
-compared with each other, not with published ones. Other differences from the published files:
+The severity parameters are those of that repository's `create_c/make_imagenet_c.py`; the code is our own. They are for
+images of 224 pixels, so every image is first brought to a short side of 224: one of 32 pixels is disturbed as a
+photograph of 224 would be. **That is not CIFAR-10-C**, which has parameters of its own for 32 pixels: figures made here
+can be compared with each other, not with published ones. What else differs from the published files:
 
-- `frost` is a stand-in: the original pastes photographs of frost, this draws crystals and blends them by the same weights.
-- `motion_blur` and `snow` take ImageMagick's one-sided Gaussian line, worked out here instead of called.
+- `frost` is a stand-in: the original pastes photographs of frost; this draws crystals, blended by the same weights.
+- `motion_blur` and `snow` use ImageMagick's one-sided Gaussian line, worked out here instead of called.
 - Results are rounded and kept as PNG; the original cuts fractions off and saves a JPEG of quality 85.
-- Images need not be square: plasma and frost, which wrap around, are tiled along the longer side.
+- Images need not be square; plasma, which wraps around, is tiled along a side longer than 256.
 
-A result depends on the image's bytes, the corruption, its severity and the seed, and on nothing else: neither order nor
-neighbours nor threads. Another machine's floating point may round a few samples to the next grey level.
+A result depends on the image's bytes, the corruption, its severity and the seed, and on nothing else: not on order,
+neighbours or threads. Another machine's floating point may round a few samples to the next grey level.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from typing import Final, Literal
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from gram_core.errors import InvalidConfig
 from gram_core.evaluate.labelled import LabelledSet
 from gram_core.images import decode
 
-__all__ = ["CORRUPTIONS", "FAMILIES", "SEVERITIES", "SIDE", "Corruption", "corrupt", "corrupted", "parse"]
+__all__ = ["CORRUPTIONS", "FAMILIES", "FORMAT", "SEVERITIES", "SIDE", "Corruption", "corrupt", "corrupted", "parse"]
 
+FORMAT: Final = 1  # raise it when the same arguments give other pictures
 SIDE: Final = 224  # pixels of the short side, for which the parameters are meant
 MAX_ASPECT: Final = 4  # of what is kept: the longer side of a stripe is cut to this
 SEVERITIES: Final = (1, 2, 3, 4, 5)
 _MAP: Final = 256  # side of the plasma and frost maps
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating]  # float32 where speed matters
 # (H, W, 3) in [0, 1], a severity and the image's own generator; the result may leave [0, 1], the caller clips.
 Corruption = Callable[[Floats, int, Generator], Floats]
 
@@ -141,9 +142,7 @@ def _bytes(values: Floats) -> NDArray[np.uint8]:
 # --- tools: filters, zoom, lookup, plasma
 
 
-def _correlate(
-    x: NDArray[np.floating], kernel: NDArray[np.floating], border: Literal["edge", "reflect", "symmetric"]
-) -> Floats:
+def _correlate(x: Floats, kernel: Floats, border: Literal["edge", "reflect", "symmetric"]) -> Floats:
     """Sum of kernel[k] x[p + k - centre] over k, in the first two axes; `border` as in `numpy.pad`."""
     (high, wide), (height, width) = kernel.shape, x.shape[:2]
     pads = [(high // 2, (high - 1) // 2), (wide // 2, (wide - 1) // 2)]
@@ -154,9 +153,7 @@ def _correlate(
     return np.fft.irfft2(product, s=size, axes=(0, 1))[:height, :width].astype(np.float32)
 
 
-def _gaussian(
-    x: NDArray[np.floating], sigma: float, *, truncate: float = 4, border: Literal["edge", "symmetric"] = "edge"
-) -> Floats:
+def _gaussian(x: Floats, sigma: float, *, truncate: float = 4, border: Literal["edge", "symmetric"] = "edge") -> Floats:
     """As `skimage.filters.gaussian` of float images: one axis after the other, cut at `truncate` sigmas."""
     radius = int(truncate * sigma + 0.5)
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
@@ -190,7 +187,7 @@ def _zoomed(x: Floats, factor: float) -> Floats:
     return x
 
 
-def _lookup(x: Floats, rows: NDArray[np.floating], columns: NDArray[np.floating], *, repeat: bool) -> Floats:
+def _lookup(x: Floats, rows: Floats, columns: Floats, *, repeat: bool) -> Floats:
     """x (H, W, C) at fractional places (H, W), bilinear; mirrored beyond the border, with or without repeating it."""
     height, width, channels = x.shape
     top, left = np.floor(rows).astype(np.intp), np.floor(columns).astype(np.intp)
@@ -198,9 +195,9 @@ def _lookup(x: Floats, rows: NDArray[np.floating], columns: NDArray[np.floating]
     above, below = (_mirror(top + i, height, repeat) * width for i in (0, 1))
     west, east = (_mirror(left + i, width, repeat) for i in (0, 1))
     flat = x.reshape(-1, channels)
-    upper = flat[above + west] * (1 - right) + flat[above + east] * right
-    lower = flat[below + west] * (1 - right) + flat[below + east] * right
-    return upper * (1 - down) + lower * down
+    upper: Floats = flat[above + west] * (1 - right) + flat[above + east] * right
+    lower: Floats = flat[below + west] * (1 - right) + flat[below + east] * right
+    return upper + down * (lower - upper)
 
 
 def _mirror(index: NDArray[np.intp], side: int, repeat: bool) -> NDArray[np.intp]:
@@ -227,7 +224,8 @@ def _plasma(rng: Generator, decay: float) -> Floats:
         field[half::step, ::step] = rough(centres + np.roll(centres, 1, 1) + corners + np.roll(corners, -1, 0))
         step, amount = half, amount / decay
     field -= field.min()
-    return (field / field.max()).astype(np.float32)
+    scaled: Floats = (field / field.max()).astype(np.float32)
+    return scaled
 
 
 def _tiled(field: Floats, shape: tuple[int, ...]) -> Floats:
@@ -259,7 +257,8 @@ def impulse_noise(x: Floats, severity: int, rng: Generator) -> Floats:
 # --- blur
 
 
-def defocus_blur(x: Floats, severity: int, rng: Generator) -> Floats:  # noqa: ARG001
+def defocus_blur(x: Floats, severity: int, _rng: Generator) -> Floats:
+    """A disk with a softened rim. The kernel is mirrored at its own edge, so that disks 8 and 10 gain 1% of light."""
     radius, soft = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))[severity - 1]
     line = np.arange(-max(radius, 8), max(radius, 8) + 1) ** 2
     disk = (line[:, None] + line[None, :] <= radius**2).astype(np.float32)
@@ -276,16 +275,15 @@ def glass_blur(x: Floats, severity: int, rng: Generator) -> Floats:
     """
     sigma, reach, rounds = ((0.7, 1, 2), (0.9, 2, 1), (1.0, 2, 3), (1.1, 3, 2), (1.5, 4, 2))[severity - 1]
     height, width = x.shape[:2]
-    flat = np.floor(np.clip(_gaussian(x, sigma), 0, 1) * 255).reshape(-1, 3)
+    flat = np.floor(_gaussian(x, sigma) * 255 + 1e-3).reshape(-1, 3)  # cut off as in the original, but for rounding
     index = np.arange(height * width).reshape(height, width)
     turn = slice(reach + 1, height - reach + 1), slice(reach + 1, width - reach + 1)
     for _ in range(rounds):
-        source, had_turn = index.copy(), np.zeros(index.shape, dtype=bool)
+        took, had_turn = index.copy(), np.zeros(index.shape, dtype=bool)
         down, right = rng.integers(-reach, reach, size=(2, *index[turn].shape))
-        source[turn] += down * width + right
+        took[turn] += down * width + right
         had_turn[turn] = True
-        follow = had_turn & (source > index) & had_turn.ravel()[source]
-        source, follow = source.ravel(), follow.ravel()
+        source, follow = took.ravel(), (had_turn & (took > index) & had_turn.ravel()[took]).ravel()
         while follow.any():
             source, follow = np.where(follow, source[source], source), follow & follow[source]
         flat = flat[source]
@@ -297,7 +295,7 @@ def motion_blur(x: Floats, severity: int, rng: Generator) -> Floats:
     return _streak(x, radius, sigma, rng.uniform(-45, 45))
 
 
-def zoom_blur(x: Floats, severity: int, rng: Generator) -> Floats:  # noqa: ARG001
+def zoom_blur(x: Floats, severity: int, _rng: Generator) -> Floats:
     end, step = ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))[severity - 1]
     factors = np.arange(1, end, step).tolist()
     total = x.copy()
@@ -326,52 +324,52 @@ def snow(x: Floats, severity: int, rng: Generator) -> Floats:
 
 
 def frost(x: Floats, severity: int, rng: Generator) -> Floats:
-    """A stand-in: crystals drawn by `_crystals` where the original pastes one of its photographs of frost."""
+    """A stand-in: ferns of ice on a hazy pane where the original pastes one of its photographs of frost."""
     kept, ice = ((1, 0.4), (0.8, 0.6), (0.7, 0.7), (0.65, 0.7), (0.6, 0.75))[severity - 1]
-    pattern = _tiled(_crystals(rng), x.shape)[..., None]
-    dark, bright = np.array([[0.16, 0.22, 0.32], [0.92, 0.96, 1.0]], dtype=np.float32)
-    return kept * x + ice * (dark + (bright - dark) * pattern)
+    haze, grain = (_tiled(_plasma(rng, decay), x.shape) for decay in (1.9, 1.3))
+    pattern = np.clip(0.45 * haze + 0.25 * (grain - 0.5) + _ferns(haze, rng) * (0.3 + 0.7 * grain), 0, 1)
+    dark, bright = np.array([[0.1, 0.15, 0.24], [0.9, 0.95, 1.0]], dtype=np.float32)
+    pane: Floats = dark + (bright - dark) * pattern[..., None]
+    return kept * x + ice * pane
 
 
-def _crystals(rng: Generator) -> Floats:
-    """Feathered crystals on a torus, (`_MAP`, `_MAP`) in [0, 1]: warped Voronoi cells, each with barbs on its own axis."""
-    warp = [36 * (_plasma(rng, 2.2) - 0.5) for _ in range(2)]
-    place = np.arange(_MAP, dtype=np.float32)
-    rows, columns = place[:, None] + warp[0], place[None, :] + warp[1]
-    first = np.full((_MAP, _MAP), np.inf, dtype=np.float32)
-    second, barbs = first.copy(), np.zeros_like(first)
-    for top, left, angle in rng.uniform(0, [_MAP, _MAP, np.pi], (24, 3)).astype(np.float32):
-        down, right = ((v + _MAP / 2) % _MAP - _MAP / 2 for v in (rows - top, columns - left))
-        distance = np.hypot(down, right)
-        near = distance < first
-        second = np.where(near, first, np.minimum(second, distance))
-        first = np.where(near, distance, first)
-        along, across = right * np.cos(angle) + down * np.sin(angle), down * np.cos(angle) - right * np.sin(angle)
-        barbs = np.where(near, np.abs(across) * 0.8 + along, barbs)
-    feather = np.abs(np.sin(barbs * (np.pi / 9)))
-    seam = np.exp(-(second - first) / 3)
-    cloud, grain = _plasma(rng, 1.8), _plasma(rng, 1.25)
-    return np.clip(0.75 * cloud * (0.5 + feather) + 0.35 * seam * cloud + 0.5 * (grain - 0.4), 0, 1).astype(np.float32)
+def _ferns(haze: Floats, rng: Generator) -> Floats:
+    """Feathered crystals, (H, W) in [0, 1): the hazier a place, the more of them grow there."""
+    total = np.zeros_like(haze)
+    for length in (60, 52, 44, 36, 28, 20, 16):
+        image = Image.new("L", (4 * length + 2, 4 * length + 2))  # twice the size, for smooth lines
+        draw, spine = ImageDraw.Draw(image), rng.uniform(0, 2 * np.pi)
+        barbs = [(t, turn, rng.uniform(0.2, 0.8) * (length - t)) for t in range(0, length, 4) for turn in (-1, 1)]
+        for start, turn, size in [(0, 0, length), *barbs]:  # ice branches at 60 degrees
+            at = 2 * length + 2 * start * np.array([np.cos(spine), np.sin(spine)])
+            angle = spine + turn * np.pi / 3
+            draw.line([*at, *(at + 2 * size * np.array([np.cos(angle), np.sin(angle)]))], fill=255, width=2)
+        stencil = np.asarray(image.resize((2 * length + 1,) * 2, Image.Resampling.BOX), dtype=np.float32) / 255
+        seeds = rng.random(haze.shape) * length**2 < 3 * haze**2
+        total += _correlate(rng.random(haze.shape) * seeds, stencil, "reflect")
+    return 1 - np.exp(-_gaussian(total, 0.5))
 
 
 def fog(x: Floats, severity: int, rng: Generator) -> Floats:
     amount, decay = ((1.5, 2), (2.0, 2), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4))[severity - 1]
     top = float(x.max())
-    return (x + amount * _tiled(_plasma(rng, decay), x.shape)[..., None]) * (top / (top + amount))
+    mist: Floats = amount * _tiled(_plasma(rng, decay), x.shape)[..., None]
+    return (x + mist) * (top / (top + amount))
 
 
-def brightness(x: Floats, severity: int, rng: Generator) -> Floats:  # noqa: ARG001
+def brightness(x: Floats, severity: int, _rng: Generator) -> Floats:
     """HSV's value raised; with hue and saturation kept that scales the pixel, and turns black to grey."""
-    value = x.max(-1, keepdims=True)
+    value: Floats = x.max(-1, keepdims=True)
     raised = np.minimum(value + np.float32((0.1, 0.2, 0.3, 0.4, 0.5)[severity - 1]), 1)
-    return np.where(value > 0, x * (raised / np.maximum(value, np.float32(1e-9))), raised)
+    scaled: Floats = np.where(value > 0, x * (raised / np.maximum(value, np.float32(1e-9))), raised)
+    return scaled
 
 
 # --- digital
 
 
-def contrast(x: Floats, severity: int, rng: Generator) -> Floats:  # noqa: ARG001
-    mean = x.mean((0, 1), dtype=np.float64).astype(np.float32)
+def contrast(x: Floats, severity: int, _rng: Generator) -> Floats:
+    mean: Floats = x.mean((0, 1), dtype=np.float64).astype(np.float32)
     return (x - mean) * np.float32((0.4, 0.3, 0.2, 0.1, 0.05)[severity - 1]) + mean
 
 
@@ -395,14 +393,14 @@ def elastic_transform(x: Floats, severity: int, rng: Generator) -> Floats:
     return _lookup(turned, rows + shift[..., 0], columns + shift[..., 1], repeat=True)
 
 
-def pixelate(x: Floats, severity: int, rng: Generator) -> Floats:  # noqa: ARG001
+def pixelate(x: Floats, severity: int, _rng: Generator) -> Floats:
     share = (0.6, 0.5, 0.4, 0.3, 0.25)[severity - 1]
     image = Image.fromarray(_bytes(x))
     small = image.resize((int(image.width * share), int(image.height * share)), Image.Resampling.BOX)
     return np.asarray(small.resize(image.size, Image.Resampling.BOX), dtype=np.float32) / 255
 
 
-def jpeg_compression(x: Floats, severity: int, rng: Generator) -> Floats:  # noqa: ARG001
+def jpeg_compression(x: Floats, severity: int, _rng: Generator) -> Floats:
     file = BytesIO()
     Image.fromarray(_bytes(x)).save(file, "JPEG", quality=(25, 18, 15, 10, 7)[severity - 1])
     with Image.open(file, formats=("JPEG",)) as image:

@@ -29,6 +29,7 @@ class LabelledSet:
         read: the encoded bytes of image i; raises OSError when they can't be had.
         role: `choosing` (settings may be chosen here), `reporting`, or `training` (the model saw these images).
         notes: what a reader should know, each a sentence; shown beside the table.
+        identity: a hash of the content of image i that is cheaper than reading it; None: the hash of its bytes.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LabelledSet:
     read: Callable[[int], bytes]
     role: str = "reporting"
     notes: tuple[str, ...] = field(default=())
+    identity: Callable[[int], bytes] | None = None
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
@@ -68,12 +70,13 @@ class LabelledSet:
     def take(self, index: NDArray[np.int64]) -> LabelledSet:
         """The set with the images at `index` only, in that order; classes stay complete."""
         where = index.tolist()
-        read = self.read
+        read, identity = self.read, self.identity
         return replace(
             self,
             keys=tuple(self.keys[i] for i in where),
             labels=self.labels[index],
             read=lambda i: read(where[i]),
+            identity=None if identity is None else lambda i: identity(where[i]),
         )
 
     def subsample(self, count: int, seed: int) -> LabelledSet:

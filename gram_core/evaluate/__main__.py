@@ -1,0 +1,76 @@
+"""`python -m gram_core.evaluate --data DIR...`: the table in the terminal, `summary.json` and `report.html` in `--out`.
+
+Exit codes: 0 done, 2 an option or recipe is wrong, 65 data or model can't be used, 130 interrupted (run the same
+command again: it goes on where it stopped).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from gram_core.config import parse
+from gram_core.errors import GramError, InvalidConfig
+from gram_core.evaluate import report
+from gram_core.evaluate.run import EvaluateConfig, evaluate
+
+OK, USAGE, BAD_DATA, INTERRUPTED = 0, 2, 65, 130
+PROGRAM = "python -m gram_core.evaluate"
+PATHS = ("--data", "--out", "--cache", "--model-dir")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run with command-line `words`; returns the exit code."""
+    words = sys.argv[1:] if words is None else list(words)
+    config = parse(EvaluateConfig, words, program=PROGRAM, description=__doc__.partition("\n\n")[0])
+    said = Console(stderr=True)
+    try:
+        summary = evaluate(config, said, command=public(words))
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_json(config.out / "summary.json", summary)
+        report.tables(summary, Console())
+        said.print(f"{config.out / 'summary.json'} written", markup=False, highlight=False)
+        report.write(summary, config.out / "report.html")
+        said.print(f"{config.out / 'report.html'} written", markup=False, highlight=False)
+    except GramError as error:
+        said.print(f"{type(error).__name__}: {error.message}", style="red", markup=False, highlight=False)
+        return USAGE if isinstance(error, InvalidConfig) else BAD_DATA
+    except OSError as error:
+        said.print(f"{error.filename or config.out}: {error.strerror}", style="red", markup=False, highlight=False)
+        return BAD_DATA
+    except KeyboardInterrupt:
+        said.print("interrupted; what was finished is kept: run the same command again to go on.", style="yellow")
+        return INTERRUPTED
+    return OK
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write beside and rename, so that a reader never sees half a file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def public(words: Sequence[str]) -> str:
+    """The command as anyone can run it: folders of this machine become DIR."""
+    shown: list[str] = []
+    hide = False
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if word.startswith("--"):
+            hide = flag in PATHS
+            word = f"{flag}=DIR" if hide and equals and value else word
+        elif hide:
+            word = "DIR"
+        if not (word == "DIR" and shown and shown[-1] == "DIR"):
+            shown.append(word if " " not in word else repr(word))
+    return " ".join([PROGRAM, *shown])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

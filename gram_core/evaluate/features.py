@@ -1,0 +1,196 @@
+"""What the image tower says of labelled images: computed once, kept on disk, shared by every method.
+
+Features come from `Classifier.see`, the code that serves requests, so they have the served bits. An image that can't
+be decoded is counted and left out, never fatal. Decoding runs in a thread beside the tower.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gram_core.classifier import Classifier, Seen
+from gram_core.errors import InvalidData, InvalidImage
+from gram_core.evaluate.labelled import LabelledSet
+from gram_core.evaluate.store import Store, key_of
+from gram_core.images import decode
+from gram_core.views import Prepared
+
+FORMAT = 1  # raise it when preprocessing or views change what a feature is
+GROUP = 32  # images whose features are computed, and kept, together
+
+
+@dataclass(frozen=True)
+class Views:
+    """A way of looking at an image: `count` views, crops of `scale` of the area, drawn by `seed`."""
+
+    count: int
+    scale: tuple[float, float]
+    seed: int
+
+
+PLAIN = Views(1, (1.0, 1.0), 0)  # the original alone
+
+Progress = Callable[[int], None]
+
+
+class Features:
+    """The features of one set under one classifier: `prepare` them once, then `load` any of them."""
+
+    def __init__(self, classifier: Classifier, store: Store, given: LabelledSet) -> None:
+        self.classifier = classifier
+        self.store = store
+        self.given = given
+        self.skipped: Counter[str] = Counter()
+        self._identities: list[bytes] = []
+        self._sha256: list[bytes] = []
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """(M,) labels of the images that could be read."""
+        return self.given.labels
+
+    @property
+    def digest(self) -> str:
+        """Hash over the content and the labels of the images, in order."""
+        content = b"".join(self._identities) + self.given.labels.tobytes()
+        return hashlib.sha256(content).hexdigest()
+
+    def prepare(self, kinds: Sequence[Views], progress: Progress | None = None) -> None:
+        """Compute and keep what is missing; leave out, and count, images that can't be read."""
+        wanted = list(dict.fromkeys([PLAIN, *kinds]))
+        known: list[int] = []
+        for start in range(0, len(self.given), GROUP):
+            rows = range(start, min(start + GROUP, len(self.given)))
+            known += [row for row in self._group(rows, wanted)]
+            if progress is not None:
+                progress(len(rows))
+        if not known:
+            raise InvalidData(
+                f"set {self.given.name!r}: none of its {len(self.given)} images can be read "
+                f"({', '.join(f'{count} {code}' for code, count in sorted(self.skipped.items()))})."
+            )
+        self.given = self.given.take(np.array(known, dtype=np.int64))
+
+    def load(self, rows: Sequence[int], kind: Views = PLAIN) -> Seen:
+        """Features (n, V, D) of the images at `rows`.
+
+        Raises InvalidData when the cache holds them no longer, or cut off.
+        """
+        keys = [self._key(self._identities[row], kind) for row in rows]
+        found = self.store.get(keys)
+        dim = self.classifier.backbone.joint_dim
+        if any(key not in found or len(found[key][1]) != kind.count * dim * 4 for key in keys):
+            raise InvalidData(
+                f"the cache lacks features of set {self.given.name!r}, or holds them cut off. Delete the cache file."
+            )
+        raw = np.stack([np.frombuffer(found[key][1], dtype=np.float32) for key in keys])
+        values = torch.from_numpy(raw.reshape(len(rows), kind.count, dim)).to(self.classifier.backbone.device)
+        return Seen(values, tuple(self._sha256[row] for row in rows))
+
+    def ms(self, kind: Views) -> dict[str, float]:
+        """Mean milliseconds an image took when it was computed, by stage: `decode`, `views`, `image`."""
+        keys = [self._key(identity, kind) for identity in self._identities]
+        laps = [header["ms"] for header in self.store.headers(keys).values()]
+        return {name: round(float(np.mean([lap[name] for lap in laps])), 3) for name in ("decode", "views", "image")}
+
+    def verify(self, kinds: Sequence[Views]) -> None:
+        """Compute one image again and compare: a cache made by other code must not speak for this one.
+
+        Raises InvalidData when the features differ by more than rounding.
+        """
+        rows = [len(self.given) // 2]
+        prepared = self._decode(rows[0])
+        assert isinstance(prepared, Prepared)
+        for kind in dict.fromkeys([PLAIN, *kinds]):
+            fresh = self._see([prepared], kind)
+            kept = self.load(rows, kind)
+            if (fresh.views - kept.views).abs().max() > 1e-4:
+                raise InvalidData(
+                    f"the cached features of set {self.given.name!r} are not what this version computes. "
+                    "Delete the cache file, or name another folder with --cache."
+                )
+
+    # ---- inside ----
+
+    def _group(self, rows: Sequence[int], kinds: Sequence[Views]) -> Iterator[int]:
+        """Make sure that the features of `rows` are kept; the rows that can be read, in order."""
+        identities = {row: identity for row in rows if (identity := self._identity(row)) is not None}
+        keys = {(row, kind): self._key(identity, kind) for row, identity in identities.items() for kind in kinds}
+        have = self.store.has(list(keys.values()))
+        missing = sorted({row for (row, _), key in keys.items() if key not in have})
+        if missing:
+            started = time.perf_counter()
+            with ThreadPoolExecutor(2) as pool:
+                decoded = dict(zip(missing, pool.map(self._decode, missing), strict=True))
+            decode_ms = (time.perf_counter() - started) * 1000 / len(missing)
+            fresh: dict[str, tuple[object, bytes]] = {}
+            for kind in kinds:
+                own = {keys[row, kind]: decoded[row] for row in missing if keys[row, kind] not in have}
+                fresh |= {key: ({"error": code}, b"") for key, code in own.items() if isinstance(code, str)}
+                fresh |= self._compute({k: i for k, i in own.items() if isinstance(i, Prepared)}, kind, decode_ms)
+            self.store.put(fresh)
+        headers = self.store.headers([keys[row, kinds[0]] for row in identities])
+        for row, identity in identities.items():
+            header = headers[keys[row, kinds[0]]]
+            if "error" in header:
+                self.skipped[header["error"]] += 1
+                continue
+            self._identities.append(identity)
+            self._sha256.append(bytes.fromhex(header["sha256"]))
+            yield row
+
+    def _identity(self, row: int) -> bytes | None:
+        try:
+            return self.given.identity(row) if self.given.identity else hashlib.sha256(self.given.read(row)).digest()
+        except OSError:
+            self.skipped["unreadable_file"] += 1
+            return None
+
+    def _key(self, identity: bytes, kind: Views) -> str:
+        backbone = self.classifier.backbone
+        return key_of(
+            "features",
+            format=FORMAT,
+            model=backbone.fingerprint,
+            device=backbone.device.type,
+            dtype=str(backbone.dtype),
+            shapes=[backbone.image_chunk, backbone.view_chunk],
+            image=identity.hex(),
+            views=kind.count,
+            scale=list(kind.scale) if kind.count > 1 else None,
+            seed=kind.seed if kind.count > 1 else None,
+        )
+
+    def _decode(self, row: int) -> Prepared | str:
+        try:
+            return self.classifier.prepare(decode(self.given.read(row)))
+        except InvalidImage as error:
+            return error.code
+        except OSError:
+            return "unreadable_file"
+
+    def _see(self, images: Sequence[Prepared], kind: Views) -> Seen:
+        return self.classifier.see(images, kind.count, kind.seed, kind.scale)
+
+    def _compute(self, images: dict[str, Prepared], kind: Views, decode_ms: float) -> dict[str, tuple[object, bytes]]:
+        if not images:
+            return {}
+        started = time.perf_counter()
+        seen = self._see(list(images.values()), kind)
+        arrays = seen.views.float().cpu().numpy()
+        whole = (time.perf_counter() - started) * 1000
+        laps = {"decode": decode_ms, "views": seen.cut_ms / len(images), "image": (whole - seen.cut_ms) / len(images)}
+        ms = {name: round(value, 3) for name, value in laps.items()}
+        return {
+            key: ({"sha256": image.sha256.hex(), "ms": ms}, array.tobytes())
+            for (key, image), array in zip(images.items(), arrays, strict=True)
+        }

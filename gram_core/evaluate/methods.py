@@ -1,0 +1,296 @@
+"""The methods of the table: what each sees, what it is given at once, and how it answers. One line each in `METHODS`.
+
+Mathematics lives in `gram_core.baselines` and in the classifier that is served; this file only calls it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gram_core import baselines
+from gram_core.classifier import Classifier, Seen
+from gram_core.errors import InvalidConfig, MethodUnavailable
+from gram_core.evaluate.features import PLAIN, Views
+from gram_core.prompts import METHODS as HOSTS
+from gram_core.text import ClassSet
+from gram_core.types import Params, Tuning
+
+EPISODE_TEXTS = 512  # class texts tuned in one pass; bounds the memory of per-image tuning
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """What a method may use beside the images: the classifier, and the class texts that every row shares."""
+
+    classifier: Classifier
+    classes: ClassSet
+    ensemble: ClassSet
+
+    @property
+    def scale(self) -> float:
+        """The model's logit scale."""
+        return self.classifier.backbone.logit_scale
+
+    @property
+    def texts(self) -> Tensor:
+        """(K, D)."""
+        return self.classifier.texts.features(self.classes)
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Probabilities (n, K), and how often each status of the server's answers occurred."""
+
+    p: Tensor
+    statuses: Mapping[str, int] = field(default_factory=dict)
+
+
+State = Any
+Answer = Callable[[Scene, Seen, State], tuple[Outcome, State]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+        unit: what is answered together: one `image`, a `batch`, or the images of a `stream` in their order.
+        sees: the `original`, `strong` crops (TPT's) or `mild` crops (the served joint tuning's).
+        host: the prompt method that the towers must carry, if any.
+        settings: what a reader must know to repeat it.
+    """
+
+    label: str
+    paper: str
+    unit: Literal["image", "batch", "stream"]
+    sees: Literal["original", "strong", "mild"]
+    answer: Answer
+    host: str | None = None
+    settings: Mapping[str, float | str] = field(default_factory=dict)
+
+
+def _alone(answer: Callable[[Scene, Seen], Tensor | Outcome]) -> Answer:
+    """A method that keeps nothing between calls."""
+
+    def call(scene: Scene, seen: Seen, state: State) -> tuple[Outcome, State]:
+        found = answer(scene, seen)
+        return (found if isinstance(found, Outcome) else Outcome(found)), state
+
+    return call
+
+
+def _served(method: str, scope: str, scene: Scene, seen: Seen, host: str | None = None) -> Outcome:
+    """What the server answers: the same call, on features that are there already."""
+    classifier = scene.classifier
+    tuning = Tuning(method=method, scope=scope, host=host, views=seen.views.shape[1])
+    plan = classifier.plan(tuning, len(seen.views), scene.classes)
+    results = classifier.answer(seen, scene.classes, plan)
+    reports = [r.adaptation for r in results]
+    told = [r.status if r.reason in (None, "not_accepted") else f"{r.status}/{r.reason}" for r in reports]
+    return Outcome(torch.stack([torch.from_numpy(r.scores()) for r in results]), Counter(told))
+
+
+def _ensemble(scene: Scene, seen: Seen) -> Tensor:
+    return baselines.zero_shot(seen.originals, scene.classifier.texts.features(scene.ensemble), scene.scale)
+
+
+def _start(scene: Scene, host: str, episodes: int) -> Params:
+    classifier = scene.classifier
+    return classifier.hosts[host].start(classifier.kept[host], scene.classes, episodes)
+
+
+def _tpt(tune: Callable[..., Tensor], scene: Scene, seen: Seen) -> Tensor:
+    """Several images as independent episodes of one pass; their answers do not depend on each other."""
+    together = max(1, EPISODE_TEXTS // len(scene.classes))
+    host = scene.classifier.hosts["coop"]
+    parts = seen.views.split(together)
+    return torch.cat([tune(host, scene.classes, _start(scene, "coop", len(part)), part) for part in parts])
+
+
+def _zero(scene: Scene, seen: Seen) -> Tensor:
+    return baselines.zero(seen.views, scene.texts, scene.scale)
+
+
+def _mta(scene: Scene, seen: Seen) -> Tensor:
+    return baselines.mta(seen.views, scene.texts, scene.scale)
+
+
+def _stata(scene: Scene, seen: Seen) -> Tensor:
+    return baselines.stata(seen.originals, scene.texts, scene.scale)
+
+
+def _tda(scene: Scene, seen: Seen, state: State) -> tuple[Outcome, State]:
+    texts = scene.texts
+    bank = state if state is not None else baselines.Tda.empty(len(texts), texts.shape[1], texts.device)
+    rows = []
+    for feature in seen.originals:
+        bank, p = baselines.tda(bank, feature, texts, scene.scale)
+        rows.append(p)
+    return Outcome(torch.stack(rows)), bank
+
+
+def _infomax(host: str, rooted: bool, scene: Scene, seen: Seen) -> Tensor:
+    """The bare tuning: every image takes the tuned answer, at the model's own temperature."""
+    classifier = scene.classifier
+    config, start = classifier.configs["infomax"], _start(scene, host, 1)
+    root = classifier.root if rooted else None
+    if rooted and root is None:
+        raise MethodUnavailable("this model has no root prototype; choose infomax-plain.")
+    joint = baselines.infomax(
+        classifier.hosts[host],
+        scene.classes,
+        start,
+        seen.views[None],
+        root=root,
+        lr=config.lr[host],
+        steps=config.steps,
+        update=config.update,
+    )
+    return classifier.hosts[host].logits(joint.params, seen.originals[None], scene.classes)[0].softmax(-1)
+
+
+def _joint(label: str, answer: Answer, host: str = "residual") -> Method:
+    return Method(label=label, paper="docs/method.md, eq. 1 to 4", unit="batch", sees="mild", answer=answer, host=host)
+
+
+TPT_PAPER = "Shu et al., NeurIPS 2022"
+_STEP: dict[str, float | str] = {"keep": 0.1, "lr": 5e-3, "steps": 1}
+
+METHODS: dict[str, Method] = {
+    "zero-shot": Method(
+        label="zero-shot",
+        paper="Radford et al., ICML 2021",
+        unit="image",
+        sees="original",
+        answer=_alone(partial(_served, "none", "auto")),
+    ),
+    "ensemble": Method(
+        label="template ensemble",
+        paper="Radford et al., ICML 2021",
+        unit="image",
+        sees="original",
+        answer=_alone(_ensemble),
+        settings={"templates": "the 7 simple ones of CLIP's authors"},
+    ),
+    "tpt": Method(
+        label="TPT",
+        paper=TPT_PAPER,
+        unit="image",
+        sees="strong",
+        host="coop",
+        answer=_alone(partial(_tpt, baselines.tpt)),
+        settings={**_STEP, "update": "AdamW's first step", "AugMix": "off"},
+    ),
+    "tpt-rms": Method(
+        label="TPT, RMS step",
+        paper=TPT_PAPER,
+        unit="image",
+        sees="strong",
+        host="coop",
+        answer=_alone(partial(_tpt, partial(baselines.tpt, update="rms"))),
+        settings={**_STEP, "update": "g / rms(g)", "AugMix": "off"},
+    ),
+    "tpt-served": Method(
+        label="TPT as served",
+        paper=TPT_PAPER,
+        unit="image",
+        sees="strong",
+        host="coop",
+        answer=_alone(partial(_served, "tpt", "image")),
+        settings={**_STEP, "fallback": "on", "temperature": "zero-shot's confidence"},
+    ),
+    "c-tpt": Method(
+        label="C-TPT",
+        paper="Yoon et al., ICLR 2024",
+        unit="image",
+        sees="strong",
+        host="coop",
+        answer=_alone(partial(_tpt, baselines.c_tpt)),
+        settings={**_STEP, "dispersion": 50.0, "AugMix": "off"},
+    ),
+    "zero": Method(
+        label="ZERO",
+        paper="Farina et al., NeurIPS 2024",
+        unit="image",
+        sees="strong",
+        answer=_alone(_zero),
+        settings={"keep": 0.3},
+    ),
+    "mta": Method(label="MTA", paper="Zanella & Ben Ayed, CVPR 2024", unit="image", sees="strong", answer=_alone(_mta)),
+    "tda": Method(
+        label="TDA",
+        paper="Karmanov et al., CVPR 2024",
+        unit="stream",
+        sees="original",
+        answer=_tda,
+        settings={"alpha": 2.0, "beta": 5.0, "state": "emptied for every request; runs through a stream"},
+    ),
+    "stata": Method(
+        label="StatA",
+        paper="Zanella et al., CVPR 2025",
+        unit="batch",
+        sees="original",
+        answer=_alone(_stata),
+        settings={"alpha": 1.0, "neighbours": 3},
+    ),
+    "infomax": _joint("infomax as served", _alone(partial(_served, "infomax", "auto"))),
+    "infomax-root": _joint("infomax, root rule alone", _alone(partial(_infomax, "residual", True))),
+    "infomax-plain": _joint("infomax, plain", _alone(partial(_infomax, "residual", False))),
+    "infomax-coop": _joint(
+        "infomax as served, prompt", _alone(partial(_served, "infomax", "auto", host="coop")), "coop"
+    ),
+    "infomax-coop-root": _joint("infomax, root rule alone, prompt", _alone(partial(_infomax, "coop", True)), "coop"),
+    "infomax-coop-plain": _joint("infomax, plain, prompt", _alone(partial(_infomax, "coop", False)), "coop"),
+}
+
+
+def choose(names: tuple[str, ...], classifier: Classifier) -> dict[str, Method]:
+    """The methods asked for, zero-shot first.
+
+    Raises InvalidConfig for a name that isn't one, MethodUnavailable for one that this model can't run.
+    """
+    chosen = {"zero-shot": METHODS["zero-shot"]}
+    for name in names:
+        if name not in METHODS:
+            near = difflib.get_close_matches(name, METHODS, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InvalidConfig(f"no method {name!r}; {hint}Choose from {', '.join(METHODS)}.")
+        method = METHODS[name]
+        if method.host is not None and method.host not in classifier.hosts:
+            reason = HOSTS[method.host].why_not(classifier.texts)
+            raise MethodUnavailable(
+                f"method {name} tunes {method.host}, which this model can't: {reason}. Leave it out."
+            )
+        if name.startswith("infomax") and "plain" not in name and classifier.root is None:
+            raise MethodUnavailable(
+                f"method {name} needs a root prototype, which this model lacks. Leave it out, or take infomax-plain."
+            )
+        chosen[name] = method
+    return chosen
+
+
+def views_of(method: Method, classifier: Classifier, crops: str, seed: int) -> Views:
+    """The views that a method is given; `crops` is `own`, or `strong` or `mild` for all methods alike."""
+    if method.sees == "original":
+        return PLAIN
+    strong, mild = classifier.configs["tpt"], classifier.configs["infomax"]
+    count = (strong if method.sees == "strong" else mild).views
+    scale = (strong if (method.sees if crops == "own" else crops) == "strong" else mild).view_scale
+    return Views(count, scale, seed)
+
+
+def settings_of(method: Method, classifier: Classifier) -> dict[str, float | str]:
+    """Everything that makes this row what it is, as plain JSON."""
+    if method.unit == "batch" and method.host is not None:
+        config = classifier.configs["infomax"]
+        return {**method.settings, "host": method.host, "lr": config.lr[method.host], "steps": config.steps,
+                "update": config.update}  # fmt: skip
+    return dict(method.settings)

@@ -1,0 +1,135 @@
+"""Which images arrive together: single images, requests of many kinds, and streams.
+
+A draw depends on (protocol, seed, labels) alone. Nothing here knows a model or a method.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gram_core.errors import InvalidConfig
+
+Indices = NDArray[np.int64]
+
+BATCH_KINDS = ("iid", "imbalanced", "sorted", "single", "effective-1-4", "effective-2-10", "effective-5-25")
+STREAM_KINDS = ("shuffled", "correlated", "sorted")
+EFFECTIVE_SIZE = 64  # StatA's protocol has one size of small batches
+SHARES = 0.3  # Dirichlet concentration of the class shares of an imbalanced request
+CORRELATION = 0.01  # Dirichlet concentration of a class over the slots of a correlated stream (StatA's "medium")
+EFFECTIVE = re.compile(r"effective-(\d+)-(\d+)")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """`image`: every image alone. `batch`: requests of `size` images. `stream`: all in one order, cut into `size`s."""
+
+    name: str
+    kind: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.kind}/{self.size}"
+
+
+def protocols(names: tuple[str, ...], kinds: tuple[str, ...], sizes: tuple[int, ...], stream: int) -> list[Protocol]:
+    """The protocols asked for, in the order of a table. Raises InvalidConfig for a name that isn't one."""
+    made: list[Protocol] = []
+    for name in names:
+        if name == "image":
+            made.append(Protocol("image", "each", 1))
+        elif name == "batch":
+            for kind in kinds:
+                if kind not in BATCH_KINDS and not EFFECTIVE.fullmatch(kind):
+                    raise InvalidConfig(f"no kind of batch {kind!r}; choose from {', '.join(BATCH_KINDS)}.")
+                made += [Protocol("batch", kind, s) for s in sizes if kind in BATCH_KINDS[:4] or s == EFFECTIVE_SIZE]
+        elif name == "stream":
+            made += [Protocol("stream", kind, stream) for kind in STREAM_KINDS]
+        else:
+            raise InvalidConfig(f"no protocol {name!r}; choose from image, batch, stream.")
+    return made
+
+
+def draw(protocol: Protocol, labels: Indices, classes: int, *, count: int, seed: int) -> list[Indices]:
+    """The units of one protocol: arrays of positions in `labels`.
+
+    `image`: one unit of all images. `batch`: `count` independent requests, no image twice in one of them.
+    `stream`: the consecutive pieces of one order of all images; the last may be shorter.
+    """
+    if protocol.name == "image":
+        return [np.arange(len(labels))]
+    rng = np.random.default_rng([seed, protocol.size, *protocol.kind.encode()])
+    own = [np.flatnonzero(labels == c) for c in range(classes)]
+    own = [images for images in own if len(images)]
+    if protocol.name == "stream":
+        order = _stream(protocol.kind, own, len(labels), protocol.size, rng)
+        return [order[at : at + protocol.size] for at in range(0, len(order), protocol.size)]
+    if protocol.kind == "sorted":
+        return _consecutive(own, protocol.size, count, rng)
+    return [_request(protocol.kind, own, protocol.size, rng) for _ in range(count)]
+
+
+def _request(kind: str, own: list[Indices], size: int, rng: np.random.Generator) -> Indices:
+    """One request. Where a class or the set has too few images the request is shorter; none is repeated."""
+    everything = np.concatenate(own)
+    if kind == "iid":
+        return _some(everything, size, rng)
+    if kind == "single":
+        return _some(own[int(rng.integers(len(own)))], size, rng)
+    if kind == "imbalanced":
+        wanted = rng.multinomial(size, rng.dirichlet(np.full(len(own), SHARES)))
+        taken = [_some(images, int(n), rng) for images, n in zip(own, wanted, strict=True) if n]
+        return rng.permutation(np.concatenate(taken))
+    match = EFFECTIVE.fullmatch(kind)
+    assert match
+    low, high = int(match[1]), int(match[2])
+    effective = min(int(rng.integers(low, high + 1)), len(own))
+    pool = np.concatenate([own[int(c)] for c in rng.permutation(len(own))[:effective]])
+    return _some(pool, size, rng)
+
+
+def _some(images: Indices, size: int, rng: np.random.Generator) -> Indices:
+    return rng.permutation(images)[:size]
+
+
+def _consecutive(own: list[Indices], size: int, count: int, rng: np.random.Generator) -> list[Indices]:
+    """Requests cut from streams that show one class after another; each stream has its own order and offset."""
+    made: list[Indices] = []
+    while len(made) < count:
+        stream = _one_after_another(own, rng)
+        size = min(size, len(stream))
+        starts = range(int(rng.integers(min(size, len(stream) - size + 1))), len(stream) - size + 1, size)
+        made += [stream[at : at + size] for at in starts]
+    return [made[int(i)] for i in rng.permutation(len(made))[:count]]
+
+
+def _one_after_another(own: list[Indices], rng: np.random.Generator) -> Indices:
+    return np.concatenate([rng.permutation(own[int(c)]) for c in rng.permutation(len(own))])
+
+
+def _stream(kind: str, own: list[Indices], total: int, size: int, rng: np.random.Generator) -> Indices:
+    if kind == "shuffled":
+        return rng.permutation(np.concatenate(own))
+    if kind == "sorted":
+        return _one_after_another(own, rng)
+    # every class spreads over the slots by its own Dirichlet draw; slots are shuffled inside (StatA's streams)
+    slots = max(1, min(total // size, len(own)))
+    pieces: list[list[Indices]] = [[] for _ in range(slots)]
+    for images in own:
+        cuts = np.floor(np.cumsum(rng.dirichlet(np.full(slots, CORRELATION)))[:-1] * len(images)).astype(int)
+        for slot, piece in enumerate(np.split(rng.permutation(images), cuts)):
+            pieces[slot].append(piece)
+    return np.concatenate([rng.permutation(np.concatenate(slot)) for slot in pieces])
+
+
+def skew(labels: Indices, classes: int) -> float:
+    """1 - H(class shares) / log(min(K, n)): 0 for a request as even as it can be, 1 for a single class."""
+    most = min(classes, len(labels))
+    if most < 2:
+        return 1.0
+    shares = np.bincount(labels, minlength=classes) / len(labels)
+    shares = shares[shares > 0]
+    return float(1 + (shares * np.log(shares)).sum() / np.log(most))
