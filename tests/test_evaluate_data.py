@@ -19,8 +19,9 @@ from PIL import Image
 from gram_core.backbone import imagenet_names
 from gram_core.errors import InvalidData
 from gram_core.evaluate import data
-from gram_core.evaluate.data import clean, discover, imagenet_classes, open_data
+from gram_core.evaluate.data import discover, open_data
 from gram_core.evaluate.labelled import LabelledSet
+from gram_core.evaluate.names import clean, imagenet_classes
 
 
 def picture(seed: object) -> bytes:
@@ -170,7 +171,7 @@ def test_domains_that_lack_a_class_keep_their_own_list(tmp_path: Path) -> None:
     assert [s.classes for s in open_data(root)] == [("a", "b", "c"), ("a", "b")]
 
 
-SPLIT_FILES = [f"{s}/{c}/{s}.jpg" for s in ("train", "val", "test") for c in ("cat", "dog")]
+SPLIT_FILES = [f"{s}/{c}/{s}.jpg" for s in ("train", "val", "test", "full") for c in ("cat", "dog")]
 
 
 @pytest.mark.parametrize(
@@ -178,6 +179,7 @@ SPLIT_FILES = [f"{s}/{c}/{s}.jpg" for s in ("train", "val", "test") for c in ("c
     [
         (("train", "val", "test"), None, ["test"]),
         (("train", "val"), None, ["val"]),
+        (("train", "full"), None, ["full"]),
         (("train", "val", "test"), ["train"], ["train"]),
         (("train", "val", "test"), ["validation"], ["val"]),
         (("train", "val", "test"), ["all"], ["test", "train", "val"]),
@@ -495,6 +497,12 @@ def test_a_pattern_names_shards_and_missing_ones_are_refused(tmp_path: Path) -> 
     assert (found.name, len(found)) == ("birds", 6)
     assert one(tmp_path / "birds-{0000..0001}.tar").keys == found.keys[:4]
     assert "birds-0003.tar, " in refused(tmp_path / "birds-{0000..0004}.tar")
+
+
+def test_shards_of_one_name_in_two_folders_are_two_sets(tmp_path: Path) -> None:
+    shard(tmp_path / "a" / "a-0.tar", samples("cls", [b"owl", b"emu"]))
+    shard(tmp_path / "a-0.tar", samples("cls", [b"cat", b"dog"]))
+    assert [(s.name, s.classes) for s in open_data(tmp_path)] == [("a", ("cat", "dog")), ("a-2", ("emu", "owl"))]
 
 
 def test_short_texts_that_recur_are_labels_and_captions_are_not(tmp_path: Path) -> None:

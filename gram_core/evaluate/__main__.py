@@ -49,10 +49,15 @@ def main(words: Sequence[str] | None = None) -> int:
     return OK
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write beside and rename, so that a reader never sees half a file."""
+def write_json(path: Path, summary: dict[str, object]) -> None:
+    """One line for each entry of a list, so that a diff shows what changed; written beside and renamed."""
+    parts = []
+    for name, value in summary.items():
+        rows = [json.dumps(row, ensure_ascii=False) for row in value] if isinstance(value, list) else []
+        body = "[\n  " + ",\n  ".join(rows) + "\n ]" if rows else json.dumps(value, ensure_ascii=False)
+        parts.append(f" {json.dumps(name)}: {body}")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    aside.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
     aside.replace(path)
 
 

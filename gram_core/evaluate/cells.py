@@ -7,6 +7,7 @@ kept under a hash of everything it depends on, the code included, so an interrup
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import time
 from collections import Counter
@@ -239,6 +240,7 @@ def _peak(classifier: Classifier) -> Iterator[list[float | None]]:
         result[0] = round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
         return
     try:
+        _trim()
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (man 5 proc)
         before_kib = _status("VmRSS")
     except OSError:
@@ -246,6 +248,13 @@ def _peak(classifier: Classifier) -> Iterator[list[float | None]]:
         return
     yield result
     result[0] = round(max(_status("VmHWM") - before_kib, 0) / 1024, 1)
+
+
+def _trim() -> None:
+    """Give freed memory back to the system, so that a rise is a rise; only glibc can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _status(name: str) -> int:

@@ -12,22 +12,18 @@ import json
 import os
 import re
 import tarfile
-import unicodedata
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from gram_core.errors import InvalidData
 from gram_core.evaluate.labelled import LabelledSet
+from gram_core.evaluate.names import Names, Parts, class_list, clean, is_wnid, named, nearest, read_names, reading, some
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 OTHER_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".heic")  # images that nothing here opens
@@ -37,149 +33,13 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
 IMAGE_COLUMNS = ("image", "file", "filename", "path", "filepath", "image_path")
 LABEL_COLUMNS = ("label", "class", "classname", "category", "name")
 TABLES = (".csv", ".tsv")
-Parts = tuple[str, ...]
-
-
-# --- class names
-
-
-@cache
-def imagenet_classes(subset: str = "imagenet") -> dict[str, str]:
-    """WordNet id -> name in label order, all distinct; `subset` is `imagenet`, `imagenet_a` or `imagenet_r`.
-
-    The names are open_clip's. Where two ids share one (missile, sunglasses), each takes its first WordNet lemma:
-    missile and projectile, sunglass and sunglasses.
-    """
-    from gram_core.backbone import imagenet_names  # here, since it loads torch: reading folders needs none
-
-    spec = find_spec("timm")  # the lists lie in its wheel; importing it would build every model it knows
-    assert spec is not None
-    assert spec.origin is not None
-    info = Path(spec.origin).parent / "data" / "_info"
-    if subset != "imagenet":
-        names = imagenet_classes()
-        return {wnid: names[wnid] for wnid in (info / f"{subset}_synsets.txt").read_text().split()}
-    wnids = (info / "imagenet_synsets.txt").read_text().split()
-    lemmas = dict(line.split("\t") for line in (info / "imagenet_synset_to_lemma.txt").read_text().splitlines())
-    often = Counter(imagenet_names())
-    pairs = zip(wnids, imagenet_names(), strict=True)
-    return {wnid: name if often[name] == 1 else lemmas[wnid].split(",")[0] for wnid, name in pairs}
-
-
-def is_wnid(text: str) -> bool:
-    """Whether this is a bare WordNet id, as n01440764."""
-    return re.fullmatch(r"n\d{8}", text) is not None
-
-
-def clean(folder: str) -> str:
-    """The class name a person would type: `n01443537-goldfish` and `001.gold_fish` lose their number, `_` and `+`
-    become spaces, a bare WordNet id its ImageNet name. What isn't known stays as it is."""
-    if is_wnid(folder):
-        return imagenet_classes().get(folder, folder)
-    name = re.sub(r"^(n\d{8}[-_]|\d+\.(?=[^\W\d]))", "", folder)
-    return unicodedata.normalize("NFC", " ".join(re.sub(r"[_+]+", " ", name).split())) or folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Names:
-    """A file of class names: rows (folder or None, name), all of one kind."""
-
-    path: Path
-    rows: tuple[tuple[str | None, str], ...]
-    notes: tuple[str, ...] = ()
-
-
-def _read_names(path: Path, *, strict: bool = True) -> _Names:
-    with _reading(path, "a text file of class names"):
-        text = path.read_text(encoding="utf-8-sig")
-    rows: list[tuple[str | None, str]] = []
-    if text.lstrip().startswith("{"):
-        with _reading(path, "a JSON object from folder to name"):
-            pairs = json.loads(text, object_pairs_hook=list)
-        rows = [(str(folder), str(name).strip()) for folder, name in pairs]
-    else:
-        lines = [(at, line.strip()) for at, line in enumerate(text.splitlines(), 1) if line.strip()]
-        for at, line in lines:
-            cells = [cell.strip() for cell in line.split("\t")]
-            if len(cells) > 2 or not all(cells) or len(cells) != len(lines[0][1].split("\t")):
-                raise InvalidData(
-                    f"{path}, line {at} has {len(cells)} columns; expected one name per line, or folder, tab, name on "
-                    "every line."
-                )
-            rows.append((cells[0] if len(cells) == 2 else None, cells[-1]))
-    if not strict:
-        return _Names(path=path, rows=tuple(rows))
-    for column, what in ((0, "folder"), (1, "name")):
-        for value, count in Counter(row[column] for row in rows).items():
-            if value is not None and count > 1:
-                raise InvalidData(f"{path} gives the {what} {value!r} {count} times. Each must be there once.")
-    return _Names(path=path, rows=tuple(rows))
-
-
-def _class_list(path: Path) -> _Names:
-    """A `classnames.txt` as converters write it. It isn't the user's, so names that occur twice are told apart."""
-    listed = _read_names(path, strict=False)
-    names = [name for _, name in listed.rows]
-    if len(set(names)) == len(names):
-        return listed
-    from gram_core.backbone import imagenet_names
-
-    if tuple(names) == imagenet_names():
-        return replace(listed, rows=tuple((None, name) for name in imagenet_classes().values()))
-    seen: Counter[str] = Counter()
-    rows = []
-    for folder, name in listed.rows:
-        seen[name] += 1
-        rows.append((folder, name if seen[name] == 1 else f"{name} {seen[name]}"))
-    note = (
-        f"{path.name} names some classes twice; the later ones are numbered: {_some(n for n in seen if seen[n] > 1)}."
-    )
-    return replace(listed, rows=tuple(rows), notes=(note,))
-
-
-def _some(items: Iterable[object], limit: int = 5) -> str:
-    shown = [str(item) for item in items]
-    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more" if len(shown) > limit else "")
-
-
-def _nearest(name: str, among: Iterable[str]) -> str:
-    by_folded = {a.casefold(): a for a in among}
-    found = get_close_matches(name.casefold(), by_folded, n=1, cutoff=0.0)
-    return repr(by_folded[found[0]]) if found else "none"
-
-
-def _named(labels: Sequence[str], names: _Names, empty: set[str], known: set[str], said: Callable[[str], str]) -> Parts:
-    """For each label its name in the file; `known` are the folders that the file may speak of, none for any."""
-    if any(folder is not None for folder, _ in names.rows):
-        table = {folder: name for folder, name in names.rows if folder is not None}
-        for folder in table:
-            if known and folder not in known:
-                raise InvalidData(
-                    f"{names.path} names the folder {folder!r}, which isn't there; the nearest is "
-                    f"{_nearest(folder, known)}. Correct the line or leave it out."
-                )
-        given = {label: table.get(label) for label in labels}
-    else:
-        lines = [name for _, name in names.rows]
-        table = {clean(name): name for name in lines} | {name: name for name in lines}
-        given = {label: table.get(label) or table.get(clean(label)) for label in labels}
-        digits = all(label.isdecimal() for label in labels)
-        if digits and None in given.values() and max(map(int, labels)) < len(lines):
-            given = {label: lines[int(label)] for label in labels}
-    if missing := [label for label in labels if given[label] is None and label not in empty]:
-        nearest = [f"{said(m)} has no name there, the nearest is {_nearest(clean(m), table)}" for m in missing]
-        raise InvalidData(
-            f"{names.path} has {len(names.rows)} lines and must name every class that has images: "
-            f"{_some(nearest)}. Add the missing names or correct these."
-        )
-    return tuple(given[label] or clean(label) for label in labels)
 
 
 def _build(
     name: str,
     rows: Mapping[str, str],
     read: Callable[[str], bytes],
-    names: _Names | None,
+    names: Names | None,
     *,
     empty: Iterable[str] = (),
     known: Iterable[str] = (),
@@ -198,17 +58,17 @@ def _build(
             own = [s if clean(s) in twice else n for s, n in zip(labels, own, strict=True)]
         if twice:
             kept.append(
-                f"{len(twice)} names stand for several folders, which keep their raw names: {_some(sorted(twice))}."
+                f"{len(twice)} names stand for several folders, which keep their raw names: {some(sorted(twice))}."
             )
         if digits:
             kept.append(
                 "Class names come out as numbers, which a text tower can't use; --classes FILE gives them names."
             )
         if unknown := [n for n in own if is_wnid(n)]:
-            kept.append(f"{len(unknown)} WordNet ids aren't ImageNet's and stay as they are: {_some(unknown)}.")
+            kept.append(f"{len(unknown)} WordNet ids aren't ImageNet's and stay as they are: {some(unknown)}.")
         classes, index = own, {label: i for i, label in enumerate(labels)}
     else:
-        given = dict(zip(labels, _named(labels, names, bare, set(known), said), strict=True))
+        given = dict(zip(labels, named(labels, names, bare, set(known), said), strict=True))
         listed = [n for _, n in names.rows]
         for n, count in Counter(given[label] for label in used).items():
             if count > 1:
@@ -220,7 +80,7 @@ def _build(
         kept.extend(names.notes)
         bare = set(classes) - {given[label] for label in used}
     if bare:
-        kept.append(f"{len(bare)} of {len(classes)} classes have no image here: {_some(sorted(bare))}.")
+        kept.append(f"{len(bare)} of {len(classes)} classes have no image here: {some(sorted(bare))}.")
     keys = sorted(rows)
     numbers = np.array([index[rows[key]] for key in keys], dtype=np.int64)
     return LabelledSet(
@@ -234,21 +94,6 @@ def _build(
 
 
 # --- folders and zip files
-
-
-@contextmanager
-def _reading(path: Path, expected: str) -> Iterator[None]:
-    """Turn what goes wrong on opening into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise InvalidData(
-            f"{path} can't be read: {error.strerror or error}; expected {expected}. Check the path and its permissions."
-        ) from None
-    except (zipfile.BadZipFile, tarfile.TarError, ValueError, TypeError, csv.Error, NotImplementedError) as error:
-        raise InvalidData(
-            f"{path} can't be read: {error}; expected {expected}. It may be cut off or of another kind: copy it again."
-        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,7 +148,7 @@ def _folder(root: Path) -> _Tree:
     while todo:
         inner, above = todo.pop()
         here = root.joinpath(*inner)
-        with _reading(here, "a folder of images"):
+        with reading(here, "a folder of images"):
             stat = here.stat()
             above |= {(stat.st_dev, stat.st_ino)}
             with os.scandir(here) as entries:
@@ -325,7 +170,7 @@ def image_paths(folder: Path) -> list[str]:
 
 
 def _zip(path: Path) -> _Tree:
-    with _reading(path, "a zip file of class folders"):
+    with reading(path, "a zip file of class folders"):
         archive = zipfile.ZipFile(path)  # stays open as long as a set reads from it
     members = {tuple(m.filename.replace("\\", "/").strip("/").split("/")): m for m in archive.infolist()}
     members = {parts: member for parts, member in members.items() if not _clutter(parts)}
@@ -346,7 +191,7 @@ def _zip(path: Path) -> _Tree:
 @dataclass(frozen=True, kw_only=True)
 class _Options:
     splits: Sequence[str] | None
-    names: _Names | None
+    names: Names | None
     left: list[str] = field(default_factory=list)
 
 
@@ -358,14 +203,15 @@ def _choose(available: Iterable[str], splits: Sequence[str] | None, holder: str)
         wanted = {SPLITS.get(s.lower(), s) for s in splits}
         chosen = [name for name in named if "all" in wanted or kinds[name] in wanted]
     else:
-        chosen = [n for n in named if kinds[n] == "test"] or [n for n in named if kinds[n] == "val"]
+        first = next((kind for kind in ("test", "val", "full") if kind in kinds.values()), "")
+        chosen = [name for name in named if kinds[name] == first]
     if not chosen:
-        asked = _some(splits) if splits else "test or val"
+        asked = some(splits) if splits else "test or val"
         raise InvalidData(
-            f"{holder} has the splits {_some(named)}, not {asked}. Ask for one of them by name, or for all of them."
+            f"{holder} has the splits {some(named)}, not {asked}. Ask for one of them by name, or for all of them."
         )
     left = [name for name in named if name not in chosen]
-    return chosen, (f"Of the splits {_some(named)} only {_some(chosen)} was taken.",) if left else ()
+    return chosen, (f"Of the splits {some(named)} only {some(chosen)} was taken.",) if left else ()
 
 
 def _last(name: str) -> str:
@@ -452,7 +298,7 @@ def _index(shard: Path) -> tuple[dict[str, dict[str, tuple[int, int]]], bool]:
     """Sample -> suffix -> (offset, size) of what lies in the file whole, and whether that is all of it."""
     samples: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
     whole = False
-    with _reading(shard, "an uncompressed .tar shard"), shard.open("rb") as file:
+    with reading(shard, "an uncompressed .tar shard"), shard.open("rb") as file:
         length = shard.stat().st_size
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -524,22 +370,26 @@ def _shard_set(name: str, shards: Sequence[Path], options: _Options) -> Labelled
         rows = texts
         notes.append("The labels are the texts beside the images: they are short and recur.")
     if not rows:
-        raise InvalidData(f"{name}: no image has a label; expected key.cls, or key.json with label, class or cls.")
+        raise InvalidData(
+            f"{name}: no image has a label; expected key.cls, or key.json with label, class "
+            "or cls. Class folders in a .tar must be unpacked, or zipped."
+        )
     if bare := len(where) - len(rows):
         notes.append(f"{bare} images without a label were left out.")
     names = options.names
     listed = [shards[0].parent / "classnames.txt", shards[0].parent.parent / "classnames.txt"]
     if names is None and (path := next((p for p in listed if p.is_file()), None)):
-        names = _class_list(path)
-    said = lambda label: f"label {label!r}"  # noqa: E731
-    return _build(name, rows, lambda key: _read_at(*where[key]), names, said=said, notes=notes)
+        names = class_list(path)
+    return _build(
+        name, rows, lambda key: _read_at(*where[key]), names, said=lambda label: f"label {label!r}", notes=notes
+    )
 
 
 # --- tables
 
 
 def _table_set(name: str, path: Path, options: _Options) -> LabelledSet:
-    with _reading(path, "a table of images and labels in UTF-8"):
+    with reading(path, "a table of images and labels in UTF-8"):
         text = path.read_text(encoding="utf-8-sig")
         first = text.partition("\n")[0]
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if first.count(";") > first.count(",") else ","
@@ -550,7 +400,7 @@ def _table_set(name: str, path: Path, options: _Options) -> LabelledSet:
     for wanted, what in ((IMAGE_COLUMNS, "image"), (LABEL_COLUMNS, "label")):
         if (column := next((c for c in wanted if c in header), None)) is None:
             raise InvalidData(
-                f"{path} has no {what} column: its header is {_some(header, 12) or 'empty'}; expected one called "
+                f"{path} has no {what} column: its header is {some(header, 12) or 'empty'}; expected one called "
                 f"{', '.join(wanted)}."
             )
         columns.append(header.index(column))
@@ -564,7 +414,7 @@ def _table_set(name: str, path: Path, options: _Options) -> LabelledSet:
             raise InvalidData(f"{path}, row {number}: the {'label' if image else 'image'} is empty. Fill it in.")
         if not image.lower().endswith(SUFFIXES):
             skipped += 1
-        elif not (path.parent / image).is_file():
+        elif not os.path.isfile(path.parent / image):
             raise InvalidData(f"{path}, row {number}: there is no file {image!r} in {path.parent}. Paths start there.")
         elif image in rows:
             raise InvalidData(f"{path}, row {number}: {image!r} stands in row {at[image]} as well. Keep one of them.")
@@ -572,8 +422,14 @@ def _table_set(name: str, path: Path, options: _Options) -> LabelledSet:
             rows[image], at[image] = label, number
             first_row.setdefault(label, number)
     notes = [f"{skipped} rows name files that aren't JPEG, PNG or WEBP and were skipped."] if skipped else []
-    said = lambda label: f"row {first_row[label]}: label {label!r}"  # noqa: E731
-    return _build(name, rows, lambda key: (path.parent / key).read_bytes(), options.names, said=said, notes=notes)
+    return _build(
+        name,
+        rows,
+        lambda key: (path.parent / key).read_bytes(),
+        options.names,
+        said=lambda label: f"row {first_row[label]}: label {label!r}",
+        notes=notes,
+    )
 
 
 # --- what lies at a path
@@ -629,7 +485,11 @@ def _containers(path: Path, tree: _Tree, options: _Options) -> list[tuple[str, l
             options.left.append(error.message)
             continue
         for name in chosen:
-            apart = [members[name]] if kind == ".tar" else [[file] for file in members[name]]
+            apart = [[file] for file in members[name]]
+            if kind == ".tar":
+                apart = [
+                    [f for f in members[name] if f.parent == at] for at in sorted({f.parent for f in members[name]})
+                ]
             found += [(name, files, notes) for files in apart]
     return found
 
@@ -645,37 +505,40 @@ def discover(
     Raises InvalidData where `path` or `classes_file` itself can't be read.
     """
     path = Path(path)
-    options = _Options(splits=splits, names=_read_names(Path(classes_file)) if classes_file else None)
+    options = _Options(splits=splits, names=read_names(Path(classes_file)) if classes_file else None)
     for split in splits or ():
         if split.lower() not in SPLITS and split != "all":
             raise InvalidData(f"there is no split {split!r}; choose of {', '.join(SPLITS)}, all.")
     shards = [path.parent / name for name in _expand(path.name)]
-    if missing := [shard for shard in shards if not shard.exists()]:
-        there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = f" (the nearest name is {_nearest(path.name, there)})" if there else ""
+    if missing := [shard for shard in shards if not os.path.exists(shard)]:
+        with reading(path.parent, "a folder"):
+            there = os.listdir(path.parent)
+        near = f" (the nearest name is {nearest(path.name, there)})" if there else ""
         raise InvalidData(
-            f"{_some(missing)} can't be found{near}; expected a folder, a .zip, .tar shards, a .csv or a .tsv. "
-            "Check the path."
+            f"{some(missing)} can't be found{near}; expected a folder, a .zip, .tar shards, a .csv or a .tsv. "
+            "Check the path and its permissions."
         )
     sets: list[LabelledSet] = []
+    tabled = False
     tree = _folder(path) if path.is_dir() else None
     path = path.resolve() if tree else path
     containers = _containers(path, tree, options) if tree else [(_stem(path) or path.resolve().parent.name, shards, ())]
     for name, files, notes in containers:
         try:
             sets += [replace(s, notes=(*notes, *s.notes)) for s in _container(name, files, options)]
+            tabled |= files[0].suffix.lower() in TABLES
         except InvalidData as error:
             options.left.append(error.message)
     if tree is not None and any(len(parts) > 1 for parts in tree.images):
         try:
-            if any(files[0].suffix.lower() in TABLES for _, files, _ in containers) and sets:
+            if tabled:
                 raise InvalidData(f"{path}: its folders weren't read as classes, since a table labels their images.")
             sets += _image_sets(path.name, tree, options)
         except InvalidData as error:
             options.left.append(error.message)
     elif tree is not None and not containers and not options.left:
         kinds = Counter(Path(p[-1]).suffix for p in (*tree.images, *tree.others))
-        found = _some(f"{count} {kind or 'nameless'} files" for kind, count in sorted(kinds.items())) or "nothing"
+        found = some(f"{count} {kind or 'nameless'} files" for kind, count in sorted(kinds.items())) or "nothing"
         options.left.append(f"{path} holds {found}; expected class folders, .zip, .tar, .csv or .tsv files.")
     seen: Counter[str] = Counter()
     for i, given in enumerate(sets):

@@ -26,6 +26,7 @@ from gram_core.views import Prepared
 
 FORMAT = 1  # raise it when preprocessing or views change what a feature is
 GROUP = 32  # images whose features are computed, and kept, together
+TIMED = 4  # images that are computed again, to time and to check them
 
 
 @dataclass(frozen=True)
@@ -96,28 +97,30 @@ class Features:
         values = torch.from_numpy(raw.reshape(len(rows), kind.count, dim)).to(self.classifier.backbone.device)
         return Seen(values, tuple(self._sha256[row] for row in rows))
 
-    def ms(self, kind: Views) -> dict[str, float]:
-        """Mean milliseconds an image took when it was computed, by stage: `decode`, `views`, `image`."""
-        keys = [self._key(identity, kind) for identity in self._identities]
-        laps = [header["ms"] for header in self.store.headers(keys).values()]
-        return {name: round(float(np.mean([lap[name] for lap in laps])), 3) for name in ("decode", "views", "image")}
+    def measure(self, kind: Views) -> dict[str, float]:
+        """Milliseconds an image takes now, by stage (`decode`, `views`, `image`): the median of three repeats.
 
-    def verify(self, kinds: Sequence[Views]) -> None:
-        """Compute one image again and compare: a cache made by other code must not speak for this one.
-
-        Raises InvalidData when the features differ by more than rounding.
+        The features so computed must be the kept ones: a cache made by other code must not speak for this one.
+        Raises InvalidData when they differ by more than rounding.
         """
-        rows = [len(self.given) // 2]
-        prepared = self._decode(rows[0])
-        assert isinstance(prepared, Prepared)
-        for kind in dict.fromkeys([PLAIN, *kinds]):
-            fresh = self._see([prepared], kind)
-            kept = self.load(rows, kind)
-            if (fresh.views - kept.views).abs().max() > 1e-4:
-                raise InvalidData(
-                    f"the cached features of set {self.given.name!r} are not what this version computes. "
-                    "Delete the cache file, or name another folder with --cache."
-                )
+        rows = sorted({round(at) for at in np.linspace(0, len(self.given) - 1, TIMED)})
+        laps: dict[str, list[float]] = {"decode": [], "views": [], "image": []}
+        for _ in range(3):
+            started = time.perf_counter()
+            images = [self._decode(row) for row in rows]
+            decoded = time.perf_counter()
+            seen = self._see([i for i in images if isinstance(i, Prepared)], kind)
+            fresh = seen.views.cpu()  # waits for the device
+            laps["decode"].append((decoded - started) * 1000)
+            laps["views"].append(seen.cut_ms)
+            laps["image"].append((time.perf_counter() - decoded) * 1000 - seen.cut_ms)
+        kept = self.load(rows, kind).views.cpu()
+        if fresh.shape != kept.shape or (fresh - kept).abs().max() > 1e-4:
+            raise InvalidData(
+                f"the cached features of set {self.given.name!r} are not what this version computes. "
+                "Delete the cache file, or name another folder with --cache."
+            )
+        return {name: round(float(np.median(values)) / len(rows), 3) for name, values in laps.items()}
 
     # ---- inside ----
 
@@ -128,15 +131,13 @@ class Features:
         have = self.store.has(list(keys.values()))
         missing = sorted({row for (row, _), key in keys.items() if key not in have})
         if missing:
-            started = time.perf_counter()
             with ThreadPoolExecutor(2) as pool:
                 decoded = dict(zip(missing, pool.map(self._decode, missing), strict=True))
-            decode_ms = (time.perf_counter() - started) * 1000 / len(missing)
             fresh: dict[str, tuple[object, bytes]] = {}
             for kind in kinds:
                 own = {keys[row, kind]: decoded[row] for row in missing if keys[row, kind] not in have}
                 fresh |= {key: ({"error": code}, b"") for key, code in own.items() if isinstance(code, str)}
-                fresh |= self._compute({k: i for k, i in own.items() if isinstance(i, Prepared)}, kind, decode_ms)
+                fresh |= self._compute({k: i for k, i in own.items() if isinstance(i, Prepared)}, kind)
             self.store.put(fresh)
         headers = self.store.headers([keys[row, kinds[0]] for row in identities])
         for row, identity in identities.items():
@@ -181,16 +182,11 @@ class Features:
     def _see(self, images: Sequence[Prepared], kind: Views) -> Seen:
         return self.classifier.see(images, kind.count, kind.seed, kind.scale)
 
-    def _compute(self, images: dict[str, Prepared], kind: Views, decode_ms: float) -> dict[str, tuple[object, bytes]]:
+    def _compute(self, images: dict[str, Prepared], kind: Views) -> dict[str, tuple[object, bytes]]:
         if not images:
             return {}
-        started = time.perf_counter()
-        seen = self._see(list(images.values()), kind)
-        arrays = seen.views.float().cpu().numpy()
-        whole = (time.perf_counter() - started) * 1000
-        laps = {"decode": decode_ms, "views": seen.cut_ms / len(images), "image": (whole - seen.cut_ms) / len(images)}
-        ms = {name: round(value, 3) for name, value in laps.items()}
+        arrays = self._see(list(images.values()), kind).views.float().cpu().numpy()
         return {
-            key: ({"sha256": image.sha256.hex(), "ms": ms}, array.tobytes())
+            key: ({"sha256": image.sha256.hex()}, array.tobytes())
             for (key, image), array in zip(images.items(), arrays, strict=True)
         }

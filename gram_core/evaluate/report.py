@@ -75,7 +75,6 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.25rem; 
 dd { margin: 0; min-width: 0; font-variant-numeric: tabular-nums }
 code { font: .86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; user-select: all }
 dd code { display: block; padding: .5rem .7rem; background: var(--card); border-radius: 6px; white-space: pre-wrap }
-td code { display: block; width: 17ch }
 .read { border-left: 3px solid var(--line); padding-left: 1rem; margin-top: 2rem } .read h2 { margin: 0 }
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; margin: .6rem 0 1.2rem;
   width: fit-content; max-width: 100% }
@@ -87,7 +86,7 @@ thead th { vertical-align: bottom } th small, .under { display: block; font-size
 tr > th:first-child { position: sticky; left: 0; background: var(--page); border-right: 1px solid var(--line);
   text-align: left; font-weight: 500; white-space: normal; min-width: 11rem; max-width: 15rem; overflow-wrap: anywhere }
 tr.group > th { background: var(--card) !important; font-weight: 600; max-width: none; border-right: 0 }
-.text { text-align: left; white-space: normal; min-width: 11rem } .text code { font-size: .8em }
+.text { text-align: left; white-space: normal; width: max-content; max-width: 30rem } .text code { font-size: .8em }
 .up { color: var(--up); font-weight: 650 } .down { color: var(--down); font-weight: 650 }
 i { display: inline-block; width: .6em; height: .6em; border-radius: 50%; margin-right: .5em;
   box-shadow: 0 0 0 1.5px #fff }
@@ -114,16 +113,17 @@ class _Book:
 
     def __init__(self, summary: Row) -> None:
         self.summary = summary
-        rows = [*summary["means"], *summary["cells"]]
+        means, cells = ([_bare(row) for row in summary[key]] for key in ("means", "cells"))
+        rows = [*means, *cells]
         self.methods = {row["method"]: row["method"] for row in rows}
         named = {method["name"]: method["label"] for method in summary["methods"]}
         self.methods = named | {name: label for name, label in self.methods.items() if name not in named}
         roles = {s["name"]: s["role"] for s in summary["sets"]}
-        self.sets = roles | {row["set"]: roles.get(row["set"], "unknown") for row in summary["cells"]}
+        self.sets = roles | {row["set"]: roles.get(row["set"], "unknown") for row in cells}
         self.columns = list(dict.fromkeys(map(_cell, rows)))
-        self.cells = {(row["set"], _cell(row), row["method"]): row for row in summary["cells"]}
-        self.means = {(row["role"], _cell(row), row["method"]): row for row in summary["means"]}
-        counts = {role: max((m["sets"] for m in summary["means"] if m["role"] == role), default=0) for role in ROLES}
+        self.cells = {(row["set"], _cell(row), row["method"]): row for row in cells}
+        self.means = {(row["role"], _cell(row), row["method"]): row for row in means}
+        counts = {role: max((m["sets"] for m in means if m["role"] == role), default=0) for role in ROLES}
         self.roles = {role: count for role, count in counts.items() if count}
         if len(self.roles) == 2 and len(set(self.roles.values())) == 1:
             self.roles.pop("all", None)  # it would repeat the other one
@@ -145,15 +145,19 @@ class _Book:
         }
         return min((c for c in others if gains[c]), key=lambda c: (c[2] != size, fmean(gains[c])), default=None)
 
-    def stages(self, method: str) -> dict[str, float]:
-        """Milliseconds per image by stage: mean over sets in the chosen cell, else over all the method's cells."""
-        rows = [(key[1], row["ms"]) for key, row in self.cells.items() if key[2] == method and row["ms"]]
-        rows = [row for row in rows if row[0] == self.chosen] or rows
-        return {stage: fmean(ms.get(stage, 0.0) for _, ms in rows) for stage in STAGES} if rows else {}
-
 
 def _cell(row: Row) -> Cell:
     return row["protocol"], row["kind"], row["size"]
+
+
+def _bare(row: Row) -> Row:
+    """Zero-shot without its gain, which is over itself."""
+    return row | {"gain": None} if _is_zero_shot(row["method"]) else row
+
+
+def _total(ms: dict[str, float] | None) -> float | None:
+    """Milliseconds of all stages; None where the towers' share was not measured."""
+    return sum(ms.values()) if ms and "image" in ms else None
 
 
 def _cell_name(cell: Cell) -> str:
@@ -198,20 +202,16 @@ def _bounds(gain: dict[str, float]) -> str:
     return f"[{_signed(gain['low'])}, {_signed(gain['high'])}]"
 
 
-def _pairs(values: dict[str, Any]) -> str:
-    """A small dict as a line of text."""
-
-    def show(value: object) -> str:
-        if isinstance(value, (list, tuple)):
-            return "; ".join(map(show, value))
-        return f"{value:,}" if type(value) is int else f"{value:g}" if isinstance(value, float) else str(value)
-
-    return (
-        " · ".join(
-            f"{'' if key == 'name' else key.replace('_', ' ')} {show(value)}".strip() for key, value in values.items()
-        )
-        or DASH
-    )
+def _show(value: object) -> str:
+    """A small piece of JSON as a line of text."""
+    if isinstance(value, dict):
+        pairs = ((key, _show(own)) for key, own in value.items())
+        return " · ".join(own if key == "name" else f"{key.replace('_', ' ')} {own}" for key, own in pairs) or DASH
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(_show, value))
+    if value is None:
+        return DASH
+    return f"{value:,}" if type(value) is int else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def tables(summary: Row, console: Console) -> None:
@@ -237,7 +237,7 @@ def tables(summary: Row, console: Console) -> None:
 
 
 def _gain_text(row: Row | None) -> Text:
-    if not row or not any((row["gain"] or {}).values()):  # zero-shot's gain over itself says nothing
+    if not row or not row["gain"]:
         return Text(f"top-1 {_number(row['top1'])} " if row else f"{DASH} ", style="dim")
     side = _side(row["gain"])
     text = f"{_signed(row['gain']['mean'])} {_bounds(row['gain'])}{'*' if side else ' '}"
@@ -245,8 +245,8 @@ def _gain_text(row: Row | None) -> Text:
 
 
 def _texts(row: Row | None) -> list[Text]:
-    ms = sum(row["ms"].values()) if row and row["ms"] else None
-    return [Text(text) for text in (*(_number(row[k] if row else None) for k in ("top1", "ece")), _cost(ms))]
+    texts = [*(_number(row[key]) for key in ("top1", "ece")), _cost(_total(row["ms"]))] if row else [DASH] * 3
+    return [Text(text) for text in texts]
 
 
 def _print(console: Console, title: str, headers: list[str], sections: list[tuple[str, Any]]) -> None:
@@ -304,13 +304,15 @@ def render(summary: Row) -> str:
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     head = f'<!doctype html>\n<html lang="en"><head>{meta}<title>{title}</title><style>{CSS}</style></head>'
     body = "".join((_facts(book), _means(book), plots, _every_cell(book), _methods(book), _sets(book)))
-    settings = "".join(f"<dt>{_html(k)}</dt><dd>{_html(_pairs({'': v}))}</dd>" for k, v in summary["settings"].items())
+    settings = "".join(
+        f"<dt>{_html(k.replace('_', ' '))}</dt><dd>{_html(_show(v))}</dd>" for k, v in summary["settings"].items()
+    )
     return f"{head}\n<body><h1>{title}</h1>\n{body}<h2>Settings</h2><dl>{settings}</dl></body></html>\n"
 
 
 def _facts(book: _Book) -> str:
     s = book.summary
-    facts = {"Model": _pairs(s["model"]), "Larger model": _pairs(s["larger"] or {}), "Hardware": _pairs(s["hardware"])}
+    facts = {"Model": _show(s["model"]), "Larger model": _show(s["larger"]), "Hardware": _show(s["hardware"])}
     facts["Run"] = f"{s['date']} · commit {s['commit']} · {_cost(s['minutes'])} minutes"
     rows = "".join(f"<dt>{name}</dt><dd>{_html(value)}</dd>" for name, value in facts.items() if value != DASH)
     choosing, reporting, training = (_names(book, role) for role in ("choosing", "reporting", "training"))
@@ -319,13 +321,16 @@ def _facts(book: _Book) -> str:
     third += f"; the model was trained on images of {training}." if training else "."
     return f"""<dl>{rows}<dt>Command</dt><dd><code>{_html(s["command"])}</code></dd></dl>
 <div class="read"><h2>How to read this</h2>
-<p>A gain is a method's top-1 accuracy less zero-shot's on the same images, in percentage points, and
-ECE is the expected calibration error in per cent. Brackets hold a 95&nbsp;% interval from a paired bootstrap, and a gain is bold and coloured only where that interval excludes zero. {third}</p></div>
+<p>A gain is a method's top-1 accuracy less zero-shot's on the same images, in percentage points, and ECE is the
+expected calibration error in per cent. Brackets hold a 95&nbsp;% interval from a paired bootstrap, and a gain is bold
+and coloured only where that interval excludes zero. {third}</p></div>
 """
 
 
 def _names(book: _Book, role: str) -> str:
-    names = [_html(name) for name, role_ in book.sets.items() if role in (role_, "all")]
+    names = [
+        _html(name) for name, role_ in book.sets.items() if role == role_ or (role == "all" and role_ != "training")
+    ]
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
@@ -335,7 +340,7 @@ def _method(book: _Book, name: str) -> str:
 
 def _gain(gain: Interval) -> str:
     """A gain and its interval, marked where the interval excludes zero."""
-    if not gain or not any(gain.values()):
+    if not gain:
         return DASH
     mark = {1: ' class="up"', 0: "", -1: ' class="down"'}[_side(gain)]
     return f"<span{mark}>{_signed(gain['mean'])}</span> <small>{_bounds(gain)}</small>"
@@ -395,8 +400,8 @@ def _every_cell(book: _Book) -> str:
                 ms, numbers = row["ms"] or {}, [_number(row[key]) for key in ("top1", "ece", "mean_confidence")]
                 texts = [_method(book, method), numbers[0], _gain(row["gain"]), _gain(row["gain_tpt"]), *numbers[1:]]
                 texts += [" ".join(map(_number, row["by_seed"])), f"{row['windows']:,}", f"{row['predictions']:,}"]
-                texts += [_cost(value) for value in (*map(ms.get, STAGES), sum(ms.values()) if ms else None)]
-                groups.setdefault(_html(_cell_name(cell)), []).append([*texts, _html(_pairs(row["statuses"]))])
+                texts += [_cost(value) for value in (*map(ms.get, STAGES), _total(ms))]
+                groups.setdefault(_html(_cell_name(cell)), []).append([*texts, _html(_show(row["statuses"]))])
         out += _fold(_html(name), _html(role), _table(f"Every cell of {name}", columns, groups))
     return f"<h2>Every cell, set by set</h2>{out}" if out else ""
 
@@ -406,22 +411,22 @@ def _methods(book: _Book) -> str:
     columns += [*(f"{stage}, ms" for stage in STAGES), "peak MiB", "settings", "paper"]
     rows = []
     for m in book.summary["methods"]:
-        costs = [m["image_passes"], m["gflops"], m["ms_per_image"], *map(book.stages(m["name"]).get, STAGES)]
+        costs = [m["image_passes"], m["gflops"], m["ms_per_image"], *map(m.get("ms", {}).get, STAGES)]
         texts = [_html(m["unit"]), _cost(m["views"]), _html(m["crops"] or DASH), *map(_cost, costs)]
-        words = [f'<div class="text">{_html(text)}</div>' for text in (_pairs(m["settings"]), m["paper"] or DASH)]
+        words = [f'<div class="text">{_html(text)}</div>' for text in (_show(m["settings"]), m["paper"] or DASH)]
         rows.append([_method(book, m["name"]), *texts, _number(m["peak_mib"]), *words])
-    note = f"Milliseconds by stage are means over sets. {_html(_cell_name(book.chosen))}." if book.chosen else ""
-    return f'<h2>Methods</h2><p class="soft">{note}</p>{_table("Methods", columns, {"": rows})}' if rows else ""
+    head = '<h2>Methods</h2><p class="soft">Milliseconds are per image, means over sets.</p>'
+    return head + _table("Methods", columns, {"": rows}) if rows else ""
 
 
 def _sets(book: _Book) -> str:
     columns = ["Set", "role", "classes", "images", "of", "corruption", "skipped", "ms", "notes", "SHA-256 of the files"]
     rows = []
     for s in book.summary["sets"]:
-        texts = [s["name"], s["role"], *(f"{s[key]:,}" for key in ("classes", "images", "of")), s["corruption"] or DASH]
+        texts = [s["name"], s["role"], *(f"{s[key]:,}" for key in ("classes", "images", "of")), _show(s["corruption"])]
         notes = "<br>".join(map(_html, s["notes"])) or DASH
         words = [f'<div class="text">{text}</div>' for text in (notes, f"<code>{_html(s['files_sha256'])}</code>")]
-        rows.append([*map(_html, texts), *(_html(_pairs(s[key] or {})) for key in ("skipped", "ms")), *words])
+        rows.append([*map(_html, texts), *(_html(_show(s[key])) for key in ("skipped", "ms")), *words])
     return f"<h2>Sets</h2>{_table('Sets', columns, {'': rows})}" if rows else ""
 
 
@@ -446,7 +451,7 @@ def _plots(book: _Book) -> str:
         words = f"{_cell_name(cell)}. Below the dotted line a method is overconfident; zero-shot in grey."
         out += group("Reliability", words, plots.reliability(cell), 230)
     for key, words in (("skew", "skew of the batch"), ("distance", "distance to the nearest prototype")):
-        note = "The band is the 95 % interval; the bars below count the windows."
+        note = "Over all batches. The band is the 95 % interval; the bars below count the windows."
         out += group(f"Gain against {words}", note, plots.against(key), 230)
     return out
 
@@ -477,7 +482,7 @@ class _Plots:
         head = (
             f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{_html(label)}"><title>{_html(label)}</title>'
         )
-        return f'<figure style="max-width:{1.4 * width:.0f}px">{head}{body}</figure>'
+        return f'<figure style="max-width:{1.55 * width:.0f}px">{head}{body}</figure>'
 
     def cost(self, cell: Cell, key: str, unit: str) -> str:
         """Top-1 against what an image costs."""
@@ -502,8 +507,7 @@ class _Plots:
 
     def forest(self, cell: Cell) -> list[str]:
         """Gains with intervals, a panel per set; the same rows and the same scale in each."""
-        rows = {(s, m): row["gain"] for (s, c, m), row in self.book.cells.items() if c == cell}
-        gains = {key: gain for key, gain in rows.items() if any((gain or {}).values())}
+        gains = {(s, m): row["gain"] for (s, c, m), row in self.book.cells.items() if c == cell and row["gain"]}
         methods = [name for name in self.book.methods if any(method == name for _, method in gains)]
         low, high = min((0.0, *(g["low"] for g in gains.values()))), max((0.0, *(g["high"] for g in gains.values())))
         room, panels = 0.05 * (high - low) + 0.1, []
@@ -533,7 +537,7 @@ class _Plots:
             figure, axes = self.curve(entry, "confidence", "accuracy", "share")
             axes.plot((0, 1), (0, 1), ":", color="#80868b", lw=1)
             axes.plot([b["confidence"] for b in base], [b["accuracy"] for b in base], color=SOFT, lw=1, alpha=0.6)
-            axes.set(xlim=(0, 1), ylim=(0, 1))
+            axes.set(xlim=(0, 1.03), ylim=(0, 1.03))
             panels.append(self.svg(figure, f"Reliability of {self.label(entry)}: {_cell_name(cell)}"))
         return panels
 

@@ -221,7 +221,8 @@ class _Run:
         task = progress.add_task(f"{label}: features", total=len(given))
         features = Features(self.classifier, self.store, given)
         features.prepare(list(self.views.values()), lambda n: progress.advance(task, n))
-        features.verify(list(self.views.values()))
+        laps = {views: features.measure(views) for views in {PLAIN, *self.views.values()}}
+        of = {name: laps[views] for name, views in self.views.items()}
         scene = _scene(self.classifier, given, config)
         text_started = time.perf_counter()
         self.classifier.texts.encode_afresh(scene.classes)
@@ -235,11 +236,11 @@ class _Run:
                 got = cells.answers(name, method, self.views[name], protocol, lambda: progress.advance(task))
                 if got is not None:
                     answered[protocol][name] = got
-            self._cost(name, cells, features, [a[name] for a in answered.values() if name in a])
+            self._cost(name, cells, of[name], [a[name] for a in answered.values() if name in a])
         if self.larger is not None:
-            self._measure_larger(given, features, answered, progress)
+            of[LARGER] = self._measure_larger(given, features, answered, progress)
         for number, (protocol, by_method) in enumerate(answered.items()):
-            self._compare(features, cells, protocol, by_method, number)
+            self._compare(features, cells, of, protocol, by_method, number)
         shown = features.given
         base, _, disturbed = given.name.partition("+")
         name, _, severity = disturbed.partition("@")
@@ -254,15 +255,15 @@ class _Run:
                 "skipped": dict(features.skipped),
                 "notes": list(given.notes),
                 "corruption": {"of": base, "name": name, "severity": int(severity)} if disturbed else None,
-                "ms": {**features.ms(PLAIN), "text": round(text_ms, 2)},
+                "ms": {**laps[PLAIN], "text": round(text_ms, 2)},
             }
         )
         progress.remove_task(task)
 
     def _measure_larger(
         self, given: LabelledSet, features: Features, answered: dict[Protocol, Any], progress: Progress
-    ) -> None:
-        """Zero-shot of the larger model on the very same images and requests."""
+    ) -> dict[str, float]:
+        """Zero-shot of the larger model on the very same images and requests; its milliseconds by stage."""
         assert self.larger is not None
         task = progress.add_task(f"{given.name}: larger model", total=len(features.given))
         theirs = Features(self.larger, self.store, features.given)
@@ -274,10 +275,12 @@ class _Run:
         method = METHODS["zero-shot"]
         for protocol in self.kinds:
             answered[protocol][LARGER] = own.answers("zero-shot", method, PLAIN, protocol, lambda: None)
-        self._cost(LARGER, own, theirs, [a[LARGER] for a in answered.values()])
+        laps = theirs.measure(PLAIN)
+        self._cost(LARGER, own, laps, [a[LARGER] for a in answered.values()])
         progress.remove_task(task)
+        return laps
 
-    def _cost(self, name: str, cells: Cells, features: Features, got: Sequence[tuple[Any, Any]]) -> None:
+    def _cost(self, name: str, cells: Cells, laps: dict[str, float], got: Sequence[tuple[Any, Any]]) -> None:
         """What one image of this set costs with this method, by stage."""
         method = METHODS["zero-shot"] if name == LARGER else self.chosen[name]
         views = PLAIN if name == LARGER else self.views[name]
@@ -285,7 +288,6 @@ class _Run:
         if not meters:
             return
         images = sum(m.images for m in meters)
-        laps = features.ms(views)
         self.costs.setdefault(name, []).append(
             {
                 **laps,
@@ -296,7 +298,13 @@ class _Run:
         )
 
     def _compare(
-        self, features: Features, cells: Cells, protocol: Protocol, got: dict[str, tuple[Any, Any]], number: int
+        self,
+        features: Features,
+        cells: Cells,
+        laps: dict[str, dict[str, float]],
+        protocol: Protocol,
+        got: dict[str, tuple[Any, Any]],
+        number: int,
     ) -> None:
         config, truth = self.config, features.labels
         drawn = cells.drawn(protocol)
@@ -305,7 +313,7 @@ class _Run:
         where = {"set": features.given.name, "protocol": protocol.name, "kind": protocol.kind, "size": protocol.size}
         for name, comparison in made.items():
             meter = got[name][1]
-            ms = {"adapt": round(meter.ms / max(meter.images, 1), 3)}
+            ms = {**laps[name], "adapt": round(meter.ms / max(meter.images, 1), 3)}
             self.cells.append({**where, "method": name, **comparison.cell, "ms": ms, "statuses": dict(meter.statuses)})
             self.compared.setdefault((protocol, name), []).append((features.given.role, comparison))
             self.reliability.setdefault((name, protocol), []).append(comparison.diagram)

@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from gram_core.errors import InvalidData
-from gram_core.evaluate.data import clean, discover, image_paths, imagenet_classes
+from gram_core.evaluate.data import discover, image_paths
 from gram_core.evaluate.labelled import LabelledSet, with_names
+from gram_core.evaluate.names import clean, imagenet_classes
 
 Names = Callable[[str], str]
 
@@ -87,7 +88,7 @@ def coop(split: str, images: str) -> Layout:
         classes = {str(label): every[label].replace("_", " ") for label in sorted(every)}
         return _set(name, home / images, rows, classes)
 
-    return Layout(needs=(split, images), read=read)
+    return Layout(needs=(split, images or "*"), read=read)
 
 
 def listed(
@@ -112,16 +113,18 @@ def _lines(path: Path) -> list[str]:
         raise InvalidData(f"{path} can't be read; expected a text file in UTF-8. Unpack the set again.") from None
 
 
-def folders(images: str, *, leave: Iterable[str] = (), depth: int = 0) -> Layout:
-    """Class folders, all images of them; `depth` parts of a path lie above its class, which is all that is between."""
+def folders(images: str, inside: str = "*", *, leave: Iterable[str] = (), nested: bool = False) -> Layout:
+    """Class folders, all images of them; `nested` where the class is all of the path but the file."""
 
     def read(name: str, home: Path, names: Names) -> LabelledSet:
-        rows = {path: "/".join(path.split("/")[: -1 if depth else 1]) for path in image_paths(home / images)}
-        rows = {path: c for path, c in rows.items() if c not in leave and "/" in path}
+        rows = {
+            p: p.rpartition("/")[0] if nested else p.partition("/")[0] for p in image_paths(home / images) if "/" in p
+        }
+        rows = {path: c for path, c in rows.items() if c not in leave}
         note = f"All images of {images or home.name} were taken, since no list of test images was found beside them."
         return _set(name, home / images, rows, {c: names(c) for c in sorted(set(rows.values()))}, note)
 
-    return Layout(needs=(images,), read=read)
+    return Layout(needs=(f"{images}/{inside}".lstrip("/"),), read=read)
 
 
 def wordnet(images: str, folder: str = "n????????", subset: str = "imagenet") -> Layout:
@@ -275,7 +278,7 @@ SUITES: dict[str, Suite] = {
         title="Stanford Cars",
         classes=196,
         homes=("stanford_cars", "cars"),
-        layouts=(coop("split_zhou_StanfordCars.json", "."),),
+        layouts=(coop("split_zhou_StanfordCars.json", ""),),
         refused=("cars_test_annos_withlabels.mat", "devkit/*.mat", "cars_test/*.jpg"),
         instead="add split_zhou_StanfordCars.json of the CoOp project beside cars_test",
     ),
@@ -323,7 +326,7 @@ SUITES: dict[str, Suite] = {
             coop("split_zhou_SUN397.json", "SUN397"),
             listed("Testing_01.txt", "SUN397", _slashed, "ClassName.txt"),
             listed("Partitions/Testing_01.txt", "SUN397", _slashed, "Partitions/ClassName.txt"),
-            folders("SUN397", depth=1),
+            folders("", "[a-z]/*", nested=True),
         ),
         names=_scene,
     ),
@@ -447,14 +450,17 @@ def open_suite(name: str, root: Path) -> list[LabelledSet]:
         raise InvalidData(f"there is no suite {name!r}; choose one of {', '.join(near)}.")
     if not root.is_dir():
         raise InvalidData(f"{root} is no folder; expected the one that holds the data sets. Check the path.")
-    if name in SUITES:
-        return _open(name, root)
-    here = [suite for suite in FAMILIES[name] if _homes(SUITES[suite], root)]
-    if not here:
-        homes = ", ".join(SUITES[suite].homes[0] for suite in FAMILIES[name])
-        raise InvalidData(f"{root} holds nothing of the family {name}; expected some of the folders {homes}.")
-    missing = [suite for suite in FAMILIES[name] if suite not in here]
-    note = [f"Of the family {name}, {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there."] * bool(
-        missing
-    )
-    return [replace(s, notes=(*s.notes, *note)) for suite in here for s in _open(suite, root)]
+    try:
+        if name in SUITES:
+            return _open(name, root)
+        here = [suite for suite in FAMILIES[name] if _homes(SUITES[suite], root)]
+        if not here:
+            homes = ", ".join(SUITES[suite].homes[0] for suite in FAMILIES[name])
+            raise InvalidData(f"{root} holds nothing of the family {name!r}; expected some of the folders {homes}.")
+        sets = [s for suite in here for s in _open(suite, root)]
+    except OSError as error:
+        raise InvalidData(f"{error.filename or root} can't be read: {error.strerror}. Check its permissions.") from None
+    if not (missing := [suite for suite in FAMILIES[name] if suite not in here]):
+        return sets
+    note = f"Of the family {name} these aren't there: {', '.join(missing)}."
+    return [replace(s, notes=(*s.notes, note)) for s in sets]

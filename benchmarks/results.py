@@ -1,0 +1,250 @@
+"""Write `benchmarks/RESULTS.md` from the JSON in `benchmarks/results/` and the prose in `benchmarks/negatives.md`.
+
+    python benchmarks/results.py [--check]
+
+`--check` writes nothing and ends with 1 when the file is not what the JSON says. `evaluate-NAME.json` is the
+`summary.json` of `python -m gram_core.evaluate --recipe recipes/gram-mini/evaluate-NAME.toml --data DIR`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ORDER = ("evaluate", "evaluate-zero-shot", "evaluate-variants", "evaluate-corruptions", "evaluate-training")
+HEAD = """# Results
+
+Written by `python benchmarks/results.py` from the JSON in `benchmarks/results/`; every table names the command that
+made its JSON. Machines are shared: absolute times are upper bounds, ratios were taken in one run. Nothing here was
+measured on a GPU.
+
+Gains are points of top-1 over zero-shot with the same texts, with a 95 % paired bootstrap interval over requests and
+images; **bold** where it excludes zero. ECE is the expected calibration error in points (equal-width bins). Sets marked
+*choosing* were used to choose settings, *reporting* sets were not. How requests are drawn: `docs/evaluation.md`.
+"""
+Row = dict[str, Any]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A Markdown table."""
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+    yield ""
+
+
+def gain(row: Row | None) -> str:
+    """`+1.2 [0.3, 2.1]`, bold where the interval excludes zero."""
+    if row is None:
+        return ""
+    g = row["gain"]
+    text = f"{g['mean']:+.1f} [{g['low']:.1f}, {g['high']:.1f}]"
+    return f"**{text}**" if g["low"] > 0 or g["high"] < 0 else text
+
+
+def column(row: Row) -> str:
+    """The name of a protocol's column."""
+    if row["protocol"] == "image":
+        return "each alone"
+    return f"{row['kind']} {row['size']}" + (" stream" if row["protocol"] == "stream" else "")
+
+
+def pivot(rows: Sequence[Row], labels: dict[str, str], columns: Sequence[str], show: Any) -> Iterator[str]:
+    """Methods as rows, protocols as columns."""
+    at = {(r["method"], column(r)): r for r in rows}
+    body = [[labels[m], *(show(at.get((m, c))) for c in columns)] for m in labels if any((m, c) in at for c in columns)]
+    yield from table(["", *columns], body)
+
+
+def evaluation(name: str, summary: Row) -> Iterator[str]:
+    """One summary of the harness."""
+    hardware, settings = summary["hardware"], summary["settings"]
+    yield f"## {summary['title']}"
+    yield ""
+    yield f"    python -m gram_core.evaluate --recipe recipes/gram-mini/{name}.toml --data DIR"
+    yield ""
+    yield (
+        f"{summary['date']}, commit {summary['commit']}, {hardware['cpu']}, {hardware['cores']} cores, device "
+        f"{hardware['device']}, torch {hardware['torch']}, {hardware['dtype']}; model {summary['model']['name']} "
+        f"({summary['model']['fingerprint'][:12]}), view seed {settings['view_seed']}, {settings['seeds']} seeds of "
+        f"requests, {settings['windows']} requests a cell, {settings['draws']} bootstrap draws, {settings['bins']} "
+        f"bins, crops: {settings['crops']}; {summary['minutes']:.1f} minutes."
+    )
+    yield ""
+    rows = [
+        [s["name"], s["role"], str(s["classes"]), f"{s['images']} of {s['of']}", s["files_sha256"][:12]]
+        for s in summary["sets"]
+    ]
+    yield from table(["set", "role", "classes", "images", "list of files"], rows)
+    labels = {m["name"]: m["label"] for m in summary["methods"]}
+    for protocol in dict.fromkeys(c["protocol"] for c in summary["cells"]):
+        for role in ("all", "reporting", "choosing"):
+            means = [m for m in summary["means"] if m["protocol"] == protocol and m["role"] == role]
+            if not means or (role != "all" and len({m["role"] for m in summary["means"]}) < 3):
+                continue
+            yield f"**{protocol}, mean of the {means[0]['sets']} {'' if role == 'all' else role + ' '}sets**"
+            yield ""
+            columns = list(dict.fromkeys(column(m) for m in means))
+            for start in range(0, len(columns), 6):
+                yield from pivot(means, labels, columns[start : start + 6], gain)
+    yield from calibration(summary, labels)
+    yield from by_set(summary, labels)
+    yield from harm(summary, labels)
+    yield "**Cost**, means over sets; milliseconds of one image by stage"
+    yield ""
+    cost = [
+        [
+            m["label"],
+            f"{m['image_passes']:.0f}",
+            f"{m['gflops']:.2f}",
+            *(f"{m['ms'][stage]:.2f}" for stage in ("decode", "views", "image", "adapt")),
+            f"{m['ms_per_image']:.1f}",
+            f"{m['peak_mib']:.0f}",
+        ]
+        for m in summary["methods"]
+    ]
+    head = ["", "tower passes", "GFLOP", "decode", "views", "tower", "adapt", "sum, ms", "memory, MiB"]
+    yield from table(head, cost)
+
+
+def calibration(summary: Row, labels: dict[str, str]) -> Iterator[str]:
+    """Expected calibration error, mean over all sets."""
+    means = [m for m in summary["means"] if m["role"] == "all"]
+    wanted = [m for m in means if m["size"] in (1, 32) or m["protocol"] == "stream"] or means
+    columns = list(dict.fromkeys(column(m) for m in wanted))
+    if wanted:
+        yield "**ECE**, mean of all sets"
+        yield ""
+        yield from pivot(wanted, labels, columns, lambda row: "" if row is None else f"{row['ece']:.1f}")
+
+
+def by_set(summary: Row, labels: dict[str, str]) -> Iterator[str]:
+    """Top-1 and gain of every set, for one protocol of each name."""
+    for protocol, size in (("image", 1), ("batch", 32), ("stream", None)):
+        cells = [c for c in summary["cells"] if c["protocol"] == protocol and size in (None, c["size"])]
+        for kind in list(dict.fromkeys(c["kind"] for c in cells)):
+            mine = [c for c in cells if c["kind"] == kind]
+            sets = list(dict.fromkeys(c["set"] for c in mine))
+            yield f"**{column(mine[0])}, by set**: top-1 and gain"
+            yield ""
+            at = {(c["method"], c["set"]): c for c in mine}
+            if len(sets) > 8:
+                methods = [m for m in labels if any((m, s) in at for s in sets)]
+                body = [[s, *(_top(at.get((m, s))) for m in methods)] for s in sets]
+                yield from table(["set", *(labels[m] for m in methods)], body)
+                continue
+            body = [[labels[m], *(_top(at.get((m, s))) for s in sets)] for m in labels if (m, sets[0]) in at]
+            yield from table(["", *sets], body)
+
+
+def _top(cell: Row | None) -> str:
+    if cell is None:
+        return ""
+    return f"{cell['top1']:.1f}" if cell["method"] == "zero-shot" else f"{cell['top1']:.1f}, {gain(cell)}"
+
+
+def harm(summary: Row, labels: dict[str, str]) -> Iterator[str]:
+    """How many cells are significantly below and above zero-shot."""
+    yield "**Cells (one set, one kind, one size) whose interval lies below zero-shot, or above**"
+    yield ""
+    rows = []
+    for method, label in labels.items():
+        mine = [c for c in summary["cells"] if c["method"] == method]
+        if method == "zero-shot" or not mine:
+            continue
+        below, above = (sum(c["gain"][end] * sign > 0 for c in mine) for end, sign in (("high", -1), ("low", 1)))
+        worst = min(mine, key=lambda c: c["gain"]["mean"])
+        rows.append([label, f"{below} of {len(mine)}", str(above), f"{worst['set']}, {column(worst)}: {gain(worst)}"])
+    yield from table(["", "below", "above", "worst cell"], rows)
+
+
+def text_path(reports: Sequence[Row]) -> Iterator[str]:
+    """`benchmarks/text_path.py`."""
+    yield "## The exact text path"
+    yield ""
+    yield "    python benchmarks/text_path.py"
+    yield ""
+    yield (
+        f"One tuning step (forward, backward to the context, final forward), {reports[0]['model']} shapes, against "
+        f"open_clip's 77-token path in the same process, alternating, {reports[0]['threads']} threads, torch "
+        f"{reports[0]['torch']}, {reports[0]['date']}."
+    )
+    yield ""
+    rows = [
+        [
+            str(row["classes"]),
+            str(report["repeats"]),
+            f"{row['max_feature_difference']:.1e}",
+            f"{row['relative_gradient_error']:.1e}",
+            f"{row['ours_s']:.2f}",
+            f"{row['open_clip_s']:.2f}",
+            f"{row['ratio']:.1f}",
+            " - ".join(f"{r:.1f}" for r in row["ratio_range"]),
+        ]
+        for report in reports
+        for row in report["rows"]
+    ]
+    head = ["classes", "repeats", "largest feature difference", "relative gradient error", "ours, s", "open_clip, s",
+            "ratio of medians", "range"]  # fmt: skip
+    yield from table(head, rows)
+
+
+def throughput(report: Row) -> Iterator[str]:
+    """`benchmarks/throughput.py`."""
+    yield "## Throughput of /classify"
+    yield ""
+    yield f"    python benchmarks/throughput.py --requests {report['requests']} --clients {report['clients']}"
+    yield ""
+    yield (
+        f"Real HTTP, server and client on the same machine ({report['device']}, {report['dtype']}, {report['date']}), "
+        f"{report['model']}, {report['classes']} classes, closed loop, 256-pixel JPEGs."
+    )
+    yield ""
+    rows = [
+        [
+            name,
+            f"{row['images_per_s']:.1f}",
+            f"{row['requests_per_s']:.2f}",
+            f"{row['p50_ms']:.0f}",
+            ", ".join(f"{k} {v}" for k, v in row["median_stage_ms"].items() if k != "total"),
+        ]
+        for name, row in report["rows"].items()
+    ]
+    yield from table(["request", "images/s", "requests/s", "p50 ms", "median stages, ms"], rows)
+
+
+def document(folder: Path) -> str:
+    """The whole file."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))}
+    lines = [HEAD]
+    for name in (*ORDER, *(n for n in found if n.startswith("evaluate-") and n not in ORDER)):
+        if name in found:
+            lines += evaluation(name, found[name])
+    lines += text_path([found[n] for n in found if n.startswith("text_path")])
+    lines += throughput(found["throughput"])
+    lines += ["## Kept negatives", "", (folder / "negatives.md").read_text().strip(), ""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    path, text = HERE / "RESULTS.md", document(HERE)
+    if not args.check:
+        path.write_text(text, encoding="utf-8")
+        return 0
+    if path.read_text(encoding="utf-8") == text:
+        return 0
+    sys.stderr.write("benchmarks/RESULTS.md is not what the JSON says; run python benchmarks/results.py\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
