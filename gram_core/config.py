@@ -68,10 +68,16 @@ def parse(cls: type[T], words: Sequence[str], *, program: str, description: str)
             )
         elif typing.get_origin(kind) in (tuple, dict):
             parser.add_argument(
-                flag, nargs="+", action="extend", default=argparse.SUPPRESS, help=text, dest=item.name, metavar="X"
+                flag,
+                nargs="+",
+                action="extend",
+                default=argparse.SUPPRESS,
+                help=text,
+                dest=item.name,
+                metavar=_mark(kind),
             )
         else:
-            parser.add_argument(flag, default=argparse.SUPPRESS, help=text, dest=item.name, metavar="X")
+            parser.add_argument(flag, default=argparse.SUPPRESS, help=text, dest=item.name, metavar=_mark(kind))
     given = vars(parser.parse_args(list(words)))
     recipe = given.pop("recipe")
     for item in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -149,6 +155,14 @@ def _name(kind: Any) -> str:
     if typing.get_origin(plain) is dict:
         return "pairs NAME=VALUE"
     return {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}[plain]
+
+
+def _mark(kind: Any) -> str:
+    """What stands for a value in `--help`."""
+    if typing.get_origin(kind) is dict:
+        return "PATTERN=VALUE"
+    inner = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+    return {int: "N", float: "X", Path: "PATH"}.get(inner, "TEXT")
 
 
 def _shown(value: Any) -> str:

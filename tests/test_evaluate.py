@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from gram_core.backbone import load
 from gram_core.classifier import Classifier
-from gram_core.errors import InvalidConfig, InvalidData, MethodUnavailable
+from gram_core.errors import InvalidConfig, InvalidData
 from gram_core.evaluate import cells, methods
 from gram_core.evaluate.__main__ import main, public
 from gram_core.evaluate.features import PLAIN, Features, Views
@@ -368,12 +368,13 @@ def test_a_value_out_of_range_is_refused_before_anything_is_read(changes: dict[s
         EvaluateConfig(**changes)
 
 
-def test_a_method_that_the_model_lacks_the_parts_for_is_refused(options: Make, tmp_path: Path) -> None:
+def test_a_method_that_the_model_lacks_the_parts_for_is_left_out_and_named(options: Make, tmp_path: Path) -> None:
     bare = write_model(tmp_path / "bare", TINY)
-    with pytest.raises(MethodUnavailable, match="root prototype"):
-        run(options(model=str(bare), methods=("infomax",)))
-    summary = run(options(model=str(bare), methods=("infomax-plain",), protocols=("batch",)))
+    summary = run(options(model=str(bare), methods=("infomax", "infomax-plain", "gram"), protocols=("batch",)))
     assert {m["name"] for m in summary["methods"]} == {"zero-shot", "infomax-plain"}
+    first, second = summary["settings"]["left_out"]
+    assert first == "method infomax: this model has no root prototype."
+    assert second.startswith("method gram: ")
 
 
 def test_one_class_is_an_error_that_says_what_to_do(options: Make, tmp_path: Path) -> None:

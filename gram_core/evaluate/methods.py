@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gram_core import baselines
 from gram_core.classifier import Classifier, Seen
-from gram_core.errors import InvalidConfig, MethodUnavailable
+from gram_core.errors import InvalidConfig
 from gram_core.evaluate.features import PLAIN, Views
 from gram_core.prompts import METHODS as HOSTS
 from gram_core.text import ClassSet
@@ -142,8 +142,6 @@ def _infomax(host: str, rooted: bool, scene: Scene, seen: Seen) -> Tensor:
     classifier = scene.classifier
     config, start = classifier.configs["infomax"], _start(scene, host, 1)
     root = classifier.root if rooted else None
-    if rooted and root is None:
-        raise MethodUnavailable("this model has no root prototype; choose infomax-plain.")
     joint = baselines.infomax(
         classifier.hosts[host],
         scene.classes,
@@ -252,29 +250,35 @@ METHODS: dict[str, Method] = {
 }
 
 
-def choose(names: tuple[str, ...], classifier: Classifier) -> dict[str, Method]:
-    """The methods asked for, zero-shot first.
+# Named so that a command which lists them runs everywhere; why they can't run is said and they are left out.
+ABSENT = {"gram": "the meta-learned prompt, regulator and bank are not in this version"}
 
-    Raises InvalidConfig for a name that isn't one, MethodUnavailable for one that this model can't run.
+
+def choose(names: tuple[str, ...], classifier: Classifier) -> tuple[dict[str, Method], list[str]]:
+    """The methods asked for that this model can run, zero-shot first; and one sentence for each that it can't.
+
+    Raises InvalidConfig for a name that isn't one.
     """
-    chosen = {"zero-shot": METHODS["zero-shot"]}
+    chosen, left_out = {"zero-shot": METHODS["zero-shot"]}, []
     for name in names:
-        if name not in METHODS:
+        if name not in METHODS and name not in ABSENT:
             near = difflib.get_close_matches(name, METHODS, 1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise InvalidConfig(f"no method {name!r}; {hint}Choose from {', '.join(METHODS)}.")
-        method = METHODS[name]
-        if method.host is not None and method.host not in classifier.hosts:
-            reason = HOSTS[method.host].why_not(classifier.texts)
-            raise MethodUnavailable(
-                f"method {name} tunes {method.host}, which this model can't: {reason}. Leave it out."
-            )
-        if name.startswith("infomax") and "plain" not in name and classifier.root is None:
-            raise MethodUnavailable(
-                f"method {name} needs a root prototype, which this model lacks. Leave it out, or take infomax-plain."
-            )
-        chosen[name] = method
-    return chosen
+        reason = ABSENT.get(name) or _why_not(METHODS[name], name, classifier)
+        if reason is None:
+            chosen[name] = METHODS[name]
+        else:
+            left_out.append(f"method {name}: {reason}.")
+    return chosen, left_out
+
+
+def _why_not(method: Method, name: str, classifier: Classifier) -> str | None:
+    if method.host is not None and method.host not in classifier.hosts:
+        return HOSTS[method.host].why_not(classifier.texts)
+    if name.startswith("infomax") and not name.endswith("plain") and classifier.root is None:
+        return "this model has no root prototype"
+    return None
 
 
 def views_of(method: Method, classifier: Classifier, crops: str, seed: int) -> Views:

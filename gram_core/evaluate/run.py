@@ -53,7 +53,7 @@ class EvaluateConfig:
     classes: Path | None = option(None, "file of class names: one a line, or FOLDER<TAB>NAME, or JSON")
     roles: dict[str, str] = option({}, "PATTERN=choosing|reporting|training: what sets may be used for")
     methods: tuple[str, ...] = option(
-        ("zero-shot", "ensemble", "tpt", "c-tpt", "zero", "mta", "tda", "stata", "infomax"),
+        ("zero-shot", "ensemble", "tpt", "c-tpt", "zero", "mta", "tda", "stata", "infomax", "gram"),
         f"methods, of {', '.join(METHODS)}",
     )
     protocols: tuple[str, ...] = option(("image", "batch", "stream"), "image, batch, stream")
@@ -175,16 +175,24 @@ def evaluate(config: EvaluateConfig, console: Console, command: str = "") -> dic
     Raises the GramErrors of data, models and options. Interrupted, it has kept what it finished.
     """
     started = time.time()
-    opened = open_sets(config, lambda text: console.print(text, style="dim", markup=False, highlight=False))
+
+    def say(text: str) -> None:
+        console.print(text, style="dim", markup=False, highlight=False)
+
+    opened = open_sets(config, say)
     classifier = _load(config, config.model)
     larger = _load(config, config.larger) if config.larger else None
-    chosen = choose(config.methods, classifier)
+    chosen, left_out = choose(config.methods, classifier)
+    for reason in left_out:
+        say(f"left out: {reason}")
     kinds = protocols(config.protocols, config.kinds, config.sizes, config.stream_size)
     store = Store(config.cache.expanduser() / "evaluate.sqlite")
-    run = _Run(config, classifier, larger, chosen, kinds, store)
+    run = _Run(config, classifier, larger, chosen, left_out, kinds, store)
     with _progress(console) as progress:
         for number, given in enumerate(opened):
-            run.measure(given, progress, f"{number + 1}/{len(opened)} {given.name}")
+            place = f"{number + 1}/{len(opened)} {given.name}"
+            run.measure(given, progress, place)
+            say(f"{place}: {run.sets[-1]['images']} images done")
     store.close()
     return run.summary(command, started)
 
@@ -198,11 +206,12 @@ class _Run:
         classifier: Classifier,
         larger: Classifier | None,
         chosen: dict[str, Method],
+        left_out: list[str],
         kinds: list[Protocol],
         store: Store,
     ) -> None:
         self.config, self.classifier, self.larger = config, classifier, larger
-        self.chosen, self.kinds, self.store = chosen, kinds, store
+        self.chosen, self.left_out, self.kinds, self.store = chosen, left_out, kinds, store
         self.views = {name: views_of(m, classifier, config.crops, config.view_seed) for name, m in chosen.items()}
         self.sets: list[dict[str, Any]] = []
         self.cells: list[dict[str, Any]] = []
@@ -371,6 +380,7 @@ class _Run:
                 "corrupt_seed": config.corrupt_seed,
                 "bins": config.bins,
                 "draws": config.draws,
+                "left_out": self.left_out,
             },
             "sets": self.sets,
             "methods": [self._row(name) for name in self.costs],
