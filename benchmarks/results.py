@@ -146,6 +146,8 @@ def by_set(summary: Row, labels: dict[str, str]) -> Iterator[str]:
 def _top(cell: Row | None) -> str:
     if cell is None:
         return ""
+    if cell["mean_size"] < cell["size"] / 2:
+        return f"({cell['top1']:.1f}: {cell['mean_size']:.0f} images a request)"
     return f"{cell['top1']:.1f}" if cell["method"] == "zero-shot" else f"{cell['top1']:.1f}, {gain(cell)}"
 
 

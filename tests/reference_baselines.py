@@ -198,6 +198,9 @@ def stata(features: Any, texts: Any, scale: float, *, rounds: int = 10, inner: i
         z = assign(z)
         found = [int(row.argmax()) for row in z]
         for k in range(classes):
+            if not found.count(k):  # b = 0: nothing but the anchor, even where no weight at all is left for the class
+                mu[k], variance[k] = t[k], spread
+                continue
             b = found.count(k) / (found.count(k) + 1)
             mass = z[:, k].sum()
             mu[k] = unit(b * unit(z[:, k] @ f) + (1 - b) * t[k])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -27,8 +29,8 @@ from gram_core.errors import InvalidConfig, InvalidData
 from gram_core.evaluate import cells, methods
 from gram_core.evaluate.__main__ import main, public
 from gram_core.evaluate.features import PLAIN, Features, Views
-from gram_core.evaluate.labelled import LabelledSet
-from gram_core.evaluate.run import EvaluateConfig, evaluate, open_sets
+from gram_core.evaluate.options import EvaluateConfig, open_sets
+from gram_core.evaluate.run import evaluate
 from gram_core.evaluate.store import Store, key_of
 from prototypes.bank import Root, save_root
 from tests.conftest import TINY, write_model
@@ -123,7 +125,11 @@ def test_every_method_has_a_cell_in_every_protocol_that_it_fits(options: Make) -
     assert rows["zero-shot"]["image_passes"] == 1
     assert rows["tpt"]["image_passes"] == 64
     assert rows["infomax"]["image_passes"] == 8
-    assert rows["tpt"]["gflops"] > 64 * summary["model"]["gflops_image"] > rows["infomax"]["gflops"]
+    # by hand: 5 tokens of width 64, 2 layers of 24 W^2 n + 4 n^2 W, 4 patches of 3 x 16 x 16, projection to 32
+    tower = 2 * (24 * 64**2 * 5 + 4 * 25 * 64) + 2 * 4 * 64 * 3 * 16**2 + 2 * 64 * 32
+    assert summary["model"]["gflops_image"] == pytest.approx(tower / 1e9, rel=0.05)
+    assert 64 * tower / 1e9 < rows["tpt"]["gflops"] < 200 * tower / 1e9
+    assert 8 * tower / 1e9 < rows["infomax"]["gflops"] < 9 * tower / 1e9
 
 
 def test_zero_shot_is_what_the_classifier_says(options: Make, model: Path, images: Path) -> None:
@@ -180,6 +186,26 @@ def test_roles_decide_which_mean_a_set_enters(options: Make, tmp_path: Path, ima
     assert {m["role"]: m["sets"] for m in summary["means"]} == {"all": 2, "choosing": 1, "reporting": 1}
 
 
+def test_training_sets_enter_nothing_that_is_shown_over_all_sets(options: Make, tmp_path: Path, images: Path) -> None:
+    seen = write_images(tmp_path / "seen")
+    given = {"methods": ("stata",), "protocols": ("batch",), "kinds": ("iid", "single")}
+    alone = run(options(data=(images,), **given))
+    both = run(options(data=(images, seen), roles={"seen": "training"}, **given))
+    for name in ("skew", "reliability", "means"):
+        assert both[name] == alone[name]
+    assert sum(b["windows"] for b in alone["skew"][0]["bins"]) == 12
+    only = run(options(data=(seen,), roles={"seen": "training"}, **given))
+    assert only["skew"]
+    assert only["means"] == []
+
+
+def test_cells_of_much_shorter_requests_say_so_and_enter_no_mean(options: Make) -> None:
+    summary = run(options(methods=("stata",), protocols=("batch",), kinds=("iid", "single"), sizes=(8, 32)))
+    sizes = {(c["kind"], c["size"]): c["mean_size"] for c in summary["cells"]}
+    assert sizes == {("iid", 8): 8, ("iid", 32): 32, ("single", 8): 8, ("single", 32): 12}
+    assert {(m["kind"], m["size"]) for m in summary["means"]} == set(sizes) - {("single", 32)}
+
+
 def test_the_texts_and_the_crops_are_the_same_for_every_row(options: Make) -> None:
     single = run(options(methods=("ensemble",), protocols=("image",)))
     seven = run(options(methods=("ensemble",), protocols=("image",), templates=("simple",)))
@@ -231,6 +257,25 @@ def test_answers_of_other_code_are_not_read_back(options: Make, monkeypatch: pyt
     assert asked
 
 
+def test_the_hash_of_the_code_leaves_out_nothing_that_methods_or_features_import() -> None:
+    package = ROOT / "gram_core"
+    todo, seen = [package / "evaluate" / "methods.py", package / "evaluate" / "features.py"], set()
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        text = path.read_text()
+        named = re.findall(r"from (gram_core[\w.]*) import ([^(\n]+|\([^)]*\))", text)
+        for module, names in named:
+            folder = ROOT / module.replace(".", "/")
+            for found in (folder.with_suffix(".py"), *(folder / f"{n.strip()}.py" for n in names.split(","))):
+                if found.exists() and found not in seen:
+                    todo.append(found)
+    inside = {path.stem for path in seen if path.parent.name == "evaluate"}
+    assert {"methods", "features", "labelled", "store"} == inside
+    assert inside & set(cells.ASIDE) == {"store"}  # where values are kept, not what they are
+    assert {"views", "images", "types", "baselines", "classifier"} <= {path.stem for path in seen}
+
+
 def test_a_killed_run_goes_on_where_it_stopped(model: Path, images: Path, tmp_path: Path) -> None:
     words = ["--model", str(model), "--data", str(images), "--cache", str(tmp_path / "cache"), "--device", "cpu",
              "--out", str(tmp_path / "out"), "--methods", "zero,infomax", "--sizes", "8", "--windows", "90",
@@ -264,7 +309,7 @@ def test_a_killed_run_goes_on_where_it_stopped(model: Path, images: Path, tmp_pa
 
 def test_a_broken_cache_is_named(tmp_path: Path) -> None:
     (tmp_path / "evaluate.sqlite").write_bytes(b"not a database" * 100)
-    with pytest.raises(InvalidConfig, match="Delete it, or name another folder with --cache"):
+    with pytest.raises(InvalidData, match="Delete it, or name another folder with --cache"):
         Store(tmp_path / "evaluate.sqlite")
 
 
@@ -313,20 +358,31 @@ def test_an_image_that_cannot_be_decoded_is_counted_and_left_out(options: Make, 
     assert figures(again) == figures(summary)
 
 
-def test_a_file_that_vanishes_is_counted(options: Make, model: Path, tmp_path: Path) -> None:
+def test_a_file_that_vanishes_is_counted_for_that_run_alone(options: Make, model: Path, tmp_path: Path) -> None:
     (given,) = open_sets(options(), lambda _: None)
+    gone = {3}
 
     def read(row: int) -> bytes:
-        if row == 3:
+        if row in gone:
             raise FileNotFoundError
         return given.read(row)
 
-    lossy = LabelledSet(name="lossy", classes=given.classes, keys=given.keys, labels=given.labels, read=read)
-    features = Features(Classifier.load(str(model), device="cpu"), Store(tmp_path / "s.sqlite"), lossy)
-    features.prepare([])
-    assert dict(features.skipped) == {"unreadable_file": 1}
-    assert len(features.labels) == 35
-    assert given.keys[3] not in features.given.keys
+    def identity(row: int) -> bytes:
+        return bytes([row])  # known without a read: the file vanishes when it is decoded
+
+    classifier, store = Classifier.load(str(model), device="cpu"), Store(tmp_path / "s.sqlite")
+    for known in (None, identity):
+        gone.add(3)
+        lossy = dataclasses.replace(given, read=read, identity=known)
+        features = Features(classifier, store, lossy)
+        features.prepare([])
+        assert dict(features.skipped) == {"unreadable_file": 1}
+        assert len(features.labels) == 35
+        assert given.keys[3] not in features.given.keys
+        gone.clear()
+        again = Features(classifier, store, lossy)
+        again.prepare([Views(4, (0.5, 1.0), 0)])
+        assert (len(again.labels), dict(again.skipped)) == (36, {})
 
 
 def test_a_set_without_one_readable_image_is_an_error(options: Make, tmp_path: Path) -> None:
@@ -361,6 +417,12 @@ def test_a_wrong_option_is_explained(options: Make, changes: dict[str, Any], err
         ({"sizes": (1,)}, "a batch has at least 2"),
         ({"crops": "wild"}, "choose own, strong or mild"),
         ({"roles": {"x": "testing"}}, "no role 'testing'"),
+        ({"per_class": -3}, "per_class is -3"),
+        ({"corrupt_seed": -1}, "corrupt_seed is -1"),
+        ({"kinds": ("effective-10-2",)}, "no range of classes"),
+        ({"kinds": ("effective-0-0",)}, "no range of classes"),
+        ({"protocols": ("batch",), "kinds": ("effective-1-4",), "sizes": (8,)}, "no protocol is left"),
+        ({"corrupt": ("fogg@3",)}, "fog"),
     ],
 )
 def test_a_value_out_of_range_is_refused_before_anything_is_read(changes: dict[str, Any], said: str) -> None:
@@ -409,26 +471,45 @@ def test_bad_data_ends_with_65_and_a_wrong_option_with_2(
 ) -> None:
     assert main(["--model", str(model), "--data", str(tmp_path / "nowhere")]) == 65
     assert "nowhere" in capsys.readouterr().err
-    assert main(["--data", str(tmp_path), "--methods", "x", "--model", str(model)]) in (2, 65)
+    write_images(tmp_path / "small", each=2)
+    words = ["--data", str(tmp_path / "small"), "--methods", "x", "--model", str(model), "--cache", str(tmp_path / "c")]
+    assert main(words) == 2
+    assert "no method 'x'" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main(["--windowz", "3"])
     assert ended.value.code == 2
 
 
-def test_an_interrupted_command_says_how_to_go_on(
+def test_an_interrupted_command_says_how_to_go_on_and_spoils_no_file(
     model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+    out = tmp_path / "out"
+    words = ["--model", str(model), "--data", str(images), "--cache", str(tmp_path / "c"), "--out", str(out),
+             "--methods", "stata", "--sizes", "8", "--windows", "6", "--draws", "100", "--predictions"]  # fmt: skip
+    assert main(words) == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert sorted(before) == ["predictions.jsonl", "report.html", "summary.json"]
+    answered = cells.Cells._requests
+    calls: list[int] = []
 
-    monkeypatch.setattr(Features, "prepare", interrupt)
-    assert main(["--model", str(model), "--data", str(images), "--cache", str(tmp_path / "c")]) == 130
+    def interrupt(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return answered(*given)
+
+    monkeypatch.setattr(cells.Cells, "_requests", interrupt)
+    assert main([*words, "--fresh"]) == 130
     assert "run the same command again" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
 def test_the_command_in_the_report_names_no_folder_of_this_machine() -> None:
-    words = ["--data", f"{os.sep}a{os.sep}b", "c/d.zip", "--methods", "tpt", "--out=x/y", "--title", "two words"]
-    assert public(words) == ("python -m gram_core.evaluate --data DIR --methods tpt --out=DIR --title 'two words'")
+    here = f"{os.sep}a{os.sep}b"
+    words = ["--model", here, "--data", here, "c/d.zip", "--methods", "tpt", "--out=x/y", "--title", "two words"]
+    assert public(words) == (
+        "python -m gram_core.evaluate --model b --data DIR --methods tpt --out=DIR --title 'two words'"
+    )
 
 
 # ---- parity with the server ----

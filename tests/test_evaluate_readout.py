@@ -7,15 +7,16 @@ import pytest
 
 from gram_core.evaluate.protocols import Indices
 from gram_core.evaluate.readout import (
+    BLOCK,
+    BySkew,
     Drawn,
     Given,
-    by_skew,
     calibration,
     compare,
     ece,
-    gains_by_request,
     mean_of_sets,
     merged,
+    seed_of,
     weights,
 )
 
@@ -26,10 +27,10 @@ def answers(labels: Indices, confidence: float = 0.5) -> Given:
 
 def test_every_draw_of_weights_sums_to_one_and_one_request_draws_images_only() -> None:
     drawn = Drawn.of([(0, np.arange(5)), (0, np.arange(3, 9))])
-    made = weights(drawn, 300, np.random.default_rng(0))
-    assert made.shape == (300, 11)
+    made = np.concatenate(list(weights(drawn, 2 * BLOCK + 100, 0)))
+    assert made.shape == (2 * BLOCK + 100, 11)
     np.testing.assert_allclose(made.sum(1), 1)
-    alone = weights(Drawn.of([(0, np.arange(4))]), 200, np.random.default_rng(0))
+    alone = np.concatenate(list(weights(Drawn.of([(0, np.arange(4))]), 200, 0)))
     assert set(np.unique(np.round(alone * 4)).tolist()) <= {0, 1, 2, 3, 4}
 
 
@@ -55,7 +56,7 @@ def test_gains_are_paired_and_signed() -> None:
         "ours": answers(np.tile(ours, 2)),
         "tpt": answers(np.tile(ours, 2)),
     }
-    made = compare(drawn, truth, given, bins=15, draws=4000, seed=0)
+    made = compare(drawn, truth, given, size=20, bins=15, draws=4000, seed=0)
     cell = made["ours"].cell
     assert (cell["top1"], cell["gain"]["mean"], cell["by_seed"]) == (80.0, 20.0, [80.0, 80.0])
     assert cell["gain_tpt"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
@@ -78,7 +79,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         truth = np.zeros(150, dtype=np.int64)
         base, ours = (delta == 1).astype(int), (delta == -1).astype(int)  # wrong where it is 1
         given = {"zero-shot": answers(base[drawn.image]), "ours": answers(ours[drawn.image])}
-        gain = compare(drawn, truth, given, bins=2, draws=400, seed=world)["ours"].cell["gain"]
+        gain = compare(drawn, truth, given, size=20, bins=2, draws=400, seed=world)["ours"].cell["gain"]
         covered += gain["low"] <= 0 <= gain["high"]
     assert covered >= 181
 
@@ -89,21 +90,52 @@ def test_the_mean_of_sets_weighs_sets_alike() -> None:
         truth = np.zeros(count, dtype=np.int64)
         drawn = Drawn.of([(0, np.arange(count))])
         given = {"zero-shot": answers(truth + 1), "ours": answers(truth if right else truth + 1)}
-        made.append(compare(drawn, truth, given, bins=15, draws=200, seed=0)["ours"])
+        made.append(compare(drawn, truth, given, size=20, bins=15, draws=200, seed=0)["ours"])
     mean = mean_of_sets(made)
     assert (mean["sets"], mean["top1"], mean["gain"]["mean"]) == (2, 50.0, 50.0)
     assert mean["gain_tpt"] is None
+
+
+def test_copies_of_one_set_share_draws_so_that_their_mean_is_not_too_sure() -> None:
+    # the same images twice say no more than once: the mean of two copies has the interval of one
+    rng = np.random.default_rng(0)
+    truth = np.zeros(200, dtype=np.int64)
+    drawn = Drawn.of([(0, np.arange(200))])
+    given = {"zero-shot": answers(rng.integers(0, 2, 200)), "ours": answers(rng.integers(0, 2, 200))}
+    seed = seed_of("a", "image/each/1")
+    one = compare(drawn, truth, given, size=1, bins=15, draws=500, seed=seed)["ours"]
+    again = compare(drawn, truth, given, size=1, bins=15, draws=500, seed=seed)["ours"]
+    assert mean_of_sets([one, again])["gain"] == one.cell["gain"]
+    other = compare(drawn, truth, given, size=1, bins=15, draws=500, seed=seed_of("b", "image/each/1"))["ours"]
+    both = mean_of_sets([one, other])["gain"]
+    assert both["high"] - both["low"] < 0.85 * (one.cell["gain"]["high"] - one.cell["gain"]["low"])  # about 0.71
 
 
 def test_gains_are_binned_by_the_skew_of_their_request() -> None:
     truth = np.array([0, 1, 0, 0])
     drawn = Drawn.of([(0, np.array([0, 1])), (0, np.array([2, 3]))])
     base, ours = answers(np.array([1, 1, 1, 1])), answers(np.array([0, 1, 1, 1]))
-    pairs = gains_by_request(drawn, truth, 2, ours, base)
-    assert pairs == [(pytest.approx(0), 0.5), (1.0, 0.0)]
-    rows = by_skew(pairs)
+    by_skew = BySkew(200)
+    by_skew.add(drawn, truth, 2, {"zero-shot": base, "ours": ours}, 0)
+    rows = by_skew.rows("ours")
     assert [(r["skew"], r["gain"], r["windows"]) for r in rows] == [(0.0, 50.0, 1), (1.0, 0.0, 1)]
-    assert by_skew([]) == []
+
+
+def test_the_band_of_gain_by_skew_holds_the_truth_about_as_often_as_it_says() -> None:
+    # 60 worlds without a true gain, 400 requests from 150 images each: requests alone would cover in 14 % of worlds
+    covered = 0
+    for world in range(60):
+        rng = np.random.default_rng(world)
+        delta = rng.choice([1, 0, -1], p=[0.1, 0.8, 0.1], size=150)
+        drawn = Drawn.of([(0, rng.permutation(150)[:32]) for _ in range(400)])
+        truth = np.zeros(150, dtype=np.int64)
+        base, ours = (delta == 1).astype(int), (delta == -1).astype(int)
+        by_skew = BySkew(200)
+        given = {"zero-shot": answers(base[drawn.image]), "ours": answers(ours[drawn.image])}
+        by_skew.add(drawn, truth, 2, given, world)
+        (row,) = by_skew.rows("ours")
+        covered += row["low"] <= 0 <= row["high"]
+    assert covered >= 51  # 57 expected at 95 %; 3.5 standard deviations of a binomial are 6
 
 
 def test_merged_diagrams_weigh_sets_alike_and_shares_sum_to_one() -> None:

@@ -12,8 +12,8 @@ import pytest
 
 from gram_core.config import read
 from gram_core.evaluate.methods import METHODS
+from gram_core.evaluate.options import EvaluateConfig
 from gram_core.evaluate.protocols import protocols
-from gram_core.evaluate.run import EvaluateConfig
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("evaluate*.toml"))

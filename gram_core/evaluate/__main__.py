@@ -17,7 +17,8 @@ from rich.console import Console
 from gram_core.config import parse
 from gram_core.errors import GramError, InvalidConfig
 from gram_core.evaluate import report
-from gram_core.evaluate.run import EvaluateConfig, evaluate
+from gram_core.evaluate.options import EvaluateConfig
+from gram_core.evaluate.run import evaluate
 
 OK, USAGE, BAD_DATA, INTERRUPTED = 0, 2, 65, 130
 PROGRAM = "python -m gram_core.evaluate"
@@ -33,10 +34,9 @@ def main(words: Sequence[str] | None = None) -> int:
         summary = evaluate(config, said, command=public(words))
         config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "summary.json", summary)
-        report.tables(summary, Console())
-        said.print(f"{config.out / 'summary.json'} written", markup=False, highlight=False)
         report.write(summary, config.out / "report.html")
-        said.print(f"{config.out / 'report.html'} written", markup=False, highlight=False)
+        said.print(f"{config.out}: summary.json and report.html written", markup=False, highlight=False)
+        report.tables(summary, Console())
     except GramError as error:
         said.print(f"{type(error).__name__}: {error.message}", style="red", markup=False, highlight=False)
         return USAGE if isinstance(error, InvalidConfig) else BAD_DATA
@@ -56,9 +56,8 @@ def write_json(path: Path, summary: dict[str, object]) -> None:
         rows = [json.dumps(row, ensure_ascii=False) for row in value] if isinstance(value, list) else []
         body = "[\n  " + ",\n  ".join(rows) + "\n ]" if rows else json.dumps(value, ensure_ascii=False)
         parts.append(f" {json.dumps(name)}: {body}")
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
-    aside.replace(path)
+    with report.beside(path) as aside:
+        aside.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
 def public(words: Sequence[str]) -> str:
@@ -72,6 +71,8 @@ def public(words: Sequence[str]) -> str:
             word = f"{flag}=DIR" if hide and equals and value else word
         elif hide:
             word = "DIR"
+        elif os.path.isabs(word):
+            word = Path(word).name
         if not (word == "DIR" and shown and shown[-1] == "DIR"):
             shown.append(word if " " not in word else repr(word))
     return " ".join([PROGRAM, *shown])

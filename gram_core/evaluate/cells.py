@@ -7,46 +7,45 @@ kept under a hash of everything it depends on, the code included, so an interrup
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import gram_core
-from gram_core.classifier import Classifier
+from gram_core.evaluate.cost import wait
 from gram_core.evaluate.features import Features, Views
-from gram_core.evaluate.methods import Method, Outcome, Scene, settings_of
+from gram_core.evaluate.methods import Method, Scene, settings_of
 from gram_core.evaluate.protocols import Indices, Protocol, draw
 from gram_core.evaluate.readout import Drawn, Given
 from gram_core.evaluate.store import Store, key_of
 
 PART = 128  # images that a per-image method answers between two saves
-CODE = ("adapt", "backbone", "baselines", "classifier", "objectives", "text", "evaluate/cells", "evaluate/methods",
-        "evaluate/protocols")  # fmt: skip
+TOGETHER = 16  # requests that are answered between two saves
+# What says nothing about an answer: where images come from, and what is made of answers. All else is in `code_hash`.
+ASIDE = ("__init__", "__main__", "corruptions", "cost", "data", "names", "options", "readout", "report", "run", "store",
+         "suites")  # fmt: skip
 
 
 @dataclass
 class Meter:
-    """What answering took: milliseconds, the peak of memory above where it started, and how many images."""
+    """What answering took when it was done: milliseconds, how many images, and the statuses."""
 
     ms: float = 0.0
-    peak_mib: float = 0.0
     images: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
 
     def add(self, header: dict[str, Any]) -> None:
         """Count one part in."""
         self.ms += header["ms"]
-        self.peak_mib = max(self.peak_mib, header["peak_mib"] or 0.0)
         self.images += header["images"]
         self.statuses.update(header["statuses"])
 
@@ -81,45 +80,32 @@ class Cells:
         """The same, flat."""
         return Drawn.of(self.units(protocol))
 
-    def answers(
-        self, name: str, method: Method, views: Views, protocol: Protocol, tick: Callable[[], None]
-    ) -> tuple[Given, Meter] | None:
+    def answers(self, name: str, method: Method, views: Views, protocol: Protocol) -> tuple[Given, Meter] | None:
         """What a method says under a protocol, or None where the two do not go together."""
         if method.unit == "image":
-            given, meter = self._images(name, method, views, tick)
+            given, meter = self._images(name, method, views)
             where = self.drawn(protocol).image
             return Given(given.label[where], given.confidence[where]), meter
         if protocol.name == "image":
             return None
-        by_seed: dict[int, list[Indices]] = {}
-        for seed, images in self.units(protocol):
-            by_seed.setdefault(seed, []).append(images)
         parts, meter = [], Meter()
-        for seed, requests in by_seed.items():
+        for requests in self._pieces(protocol, whole=method.unit == "stream" and protocol.name == "stream"):
             key = self._key(name, method, views, protocol=str(protocol), requests=[r.tolist() for r in requests])
             kept = self._kept(key, lambda r=requests: self._requests(method, views, protocol, r))  # type: ignore[misc]
             parts.append(kept[0])
             meter.add(kept[1])
-            del seed
-            tick()
         return _joined(parts), meter
-
-    def gflops(self, name: str, method: Method, views: Views, batch: int) -> float:
-        """GFLOP (a multiply-add is two) for each image, the tower's passes included, counted by torch on one call."""
-        rows = np.arange(min(batch if method.unit == "batch" else 4, len(self.features.labels)))
-        key = self._key(name, method, views, flops=len(rows))
-        kept = {} if self.fresh else self.store.headers([key])
-        if key not in kept:
-            with FlopCounterMode(display=False) as counter:
-                self._answer(method, views, rows, None)
-            kept[key] = counter.get_total_flops() / len(rows) / 1e9
-            self.store.put({key: (kept[key], b"")})
-        own: float = kept[key]
-        return own + views.count * image_gflops(self.scene.classifier)
 
     # ---- inside ----
 
-    def _images(self, name: str, method: Method, views: Views, tick: Callable[[], None]) -> tuple[Given, Meter]:
+    def _pieces(self, protocol: Protocol, *, whole: bool) -> Iterator[list[Indices]]:
+        """The requests of a protocol in order, a few at a time; those of one seed together where a state runs."""
+        for _, group in groupby(self.units(protocol), key=lambda unit: unit[0]):
+            requests = [images for _, images in group]
+            step = len(requests) if whole else TOGETHER
+            yield from (requests[at : at + step] for at in range(0, len(requests), step))
+
+    def _images(self, name: str, method: Method, views: Views) -> tuple[Given, Meter]:
         if (name, views) not in self._each:
             parts, meter = [], Meter()
             count = len(self.features.labels)
@@ -129,7 +115,6 @@ class Cells:
                 kept = self._kept(key, lambda r=rows: self._requests(method, views, None, [r]))  # type: ignore[misc]
                 parts.append(kept[0])
                 meter.add(kept[1])
-                tick()
             self._each[name, views] = _joined(parts), meter
         return self._each[name, views]
 
@@ -139,33 +124,27 @@ class Cells:
         """Answers to several requests, one after the other."""
         state: Any = None
         parts, statuses, ms = [], Counter[str](), 0.0
-        with _peak(self.scene.classifier) as peak:
-            for rows in requests:
-                if protocol is None or protocol.name != "stream":
-                    state = None
-                outcome, state, took = self._answer(method, views, rows, state)
-                ms += took
-                statuses.update(outcome.statuses)
-                confidence, label = outcome.p.max(-1)
-                parts.append(Given(label.cpu().numpy(), confidence.float().cpu().numpy()))
-        images = sum(len(rows) for rows in requests)
-        header = {"ms": ms, "peak_mib": peak[0], "images": images, "statuses": dict(statuses)}
+        for rows in requests:
+            if protocol is None or protocol.name != "stream":
+                state = None
+            seen = self.features.load(rows.tolist(), views)
+            started = time.perf_counter()
+            with torch.no_grad():
+                outcome, state = method.answer(self.scene, seen, state)
+            wait(self.scene.classifier)
+            ms += (time.perf_counter() - started) * 1000
+            statuses.update(outcome.statuses)
+            confidence, label = outcome.p.max(-1)
+            parts.append(Given(label.cpu().numpy(), confidence.float().cpu().numpy()))
+        header = {"ms": ms, "images": sum(len(rows) for rows in requests), "statuses": dict(statuses)}
         return _joined(parts), header
-
-    def _answer(self, method: Method, views: Views, rows: Indices, state: Any) -> tuple[Outcome, Any, float]:
-        seen = self.features.load(rows.tolist(), views)
-        _wait(self.scene.classifier)
-        started = time.perf_counter()
-        with torch.no_grad():
-            outcome, state = method.answer(self.scene, seen, state)
-        _wait(self.scene.classifier)
-        return outcome, state, (time.perf_counter() - started) * 1000
 
     def _key(self, name: str, method: Method, views: Views, **parts: Any) -> str:
         classifier = self.scene.classifier
         return key_of(
             "answers",
             code=code_hash(),
+            torch=torch.__version__,
             model=classifier.backbone.fingerprint,
             root=None
             if classifier.root is None
@@ -195,68 +174,13 @@ class Cells:
         return given, header
 
 
+@cache
 def code_hash() -> str:
-    """Hash of the modules that an answer depends on: answers of other code are not read back."""
+    """Hash of every module that an answer may depend on: answers of other code are not read back."""
     root = Path(gram_core.__file__).parent
-    files = [root / f"{name}.py" for name in CODE] + sorted((root / "prompts").glob("*.py"))
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
-
-
-def image_gflops(classifier: Classifier) -> float:
-    """GFLOP of one image through the image tower."""
-    backbone = classifier.backbone
-    side = backbone.image_size
-    with FlopCounterMode(display=False) as counter:
-        backbone.encode_images(torch.zeros(backbone.view_chunk, 3, side, side), views=True)
-    return float(counter.get_total_flops()) / backbone.view_chunk / 1e9
-
-
-def text_gflops(classifier: Classifier) -> float:
-    """GFLOP of one short text through the text tower, in a set of 16."""
-    classes = classifier.class_set([f"thing {n}" for n in range(16)], ["a picture of a {}."])
-    with FlopCounterMode(display=False) as counter:
-        classifier.texts.encode_afresh(classes)
-    return float(counter.get_total_flops()) / len(classes) / 1e9
+    paths = [p for p in sorted(root.rglob("*.py")) if p.parent.name != "evaluate" or p.stem not in ASIDE]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def _joined(parts: Sequence[Given]) -> Given:
     return Given(np.concatenate([p.label for p in parts]), np.concatenate([p.confidence for p in parts]))
-
-
-def _wait(classifier: Classifier) -> None:
-    if classifier.backbone.device.type == "cuda":
-        torch.cuda.synchronize(classifier.backbone.device)
-
-
-@contextmanager
-def _peak(classifier: Classifier) -> Iterator[list[float | None]]:
-    """MiB by which memory rose inside the block at the most: of the device, or of the process on Linux, else None."""
-    result: list[float | None] = [None]
-    device = classifier.backbone.device
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        yield result
-        result[0] = round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)
-        return
-    try:
-        _trim()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (man 5 proc)
-        before_kib = _status("VmRSS")
-    except OSError:
-        yield result
-        return
-    yield result
-    result[0] = round(max(_status("VmHWM") - before_kib, 0) / 1024, 1)
-
-
-def _trim() -> None:
-    """Give freed memory back to the system, so that a rise is a rise; only glibc can."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))

@@ -43,13 +43,22 @@ def protocols(names: tuple[str, ...], kinds: tuple[str, ...], sizes: tuple[int, 
             made.append(Protocol("image", "each", 1))
         elif name == "batch":
             for kind in kinds:
-                if kind not in BATCH_KINDS and not EFFECTIVE.fullmatch(kind):
+                match = EFFECTIVE.fullmatch(kind)
+                if kind not in BATCH_KINDS and not match:
                     raise InvalidConfig(f"no kind of batch {kind!r}; choose from {', '.join(BATCH_KINDS)}.")
+                if match and not 1 <= int(match[1]) <= int(match[2]):
+                    raise InvalidConfig(
+                        f"{kind} is no range of classes; expected effective-LOW-HIGH, 1 <= LOW <= HIGH."
+                    )
                 made += [Protocol("batch", kind, s) for s in sizes if kind in BATCH_KINDS[:4] or s == EFFECTIVE_SIZE]
         elif name == "stream":
             made += [Protocol("stream", kind, stream) for kind in STREAM_KINDS]
         else:
             raise InvalidConfig(f"no protocol {name!r}; choose from image, batch, stream.")
+    if not made:
+        raise InvalidConfig(
+            f"no protocol is left; effective-* batches have {EFFECTIVE_SIZE} images: add it to --sizes."
+        )
     return made
 
 

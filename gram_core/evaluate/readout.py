@@ -7,6 +7,7 @@ all methods of a protocol, so differences are paired. Arrays only: no model, no 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from gram_core.evaluate.protocols import Indices, skew
 
 Floats = NDArray[np.float64]
 Diagram = list[dict[str, float]]
+BLOCK = 100  # bootstrap draws that are in memory together
 SKEW_EDGES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.75, 0.999, 1.0)  # the last bin holds requests of one class
 
 
@@ -50,21 +52,28 @@ class Given:
     confidence: NDArray[np.float32]
 
 
-def weights(drawn: Drawn, draws: int, rng: np.random.Generator) -> Floats:
-    """(R, N) bootstrap weights of the places, each row summing to one.
+def weights(drawn: Drawn, draws: int, seed: int) -> Iterator[Floats]:
+    """Blocks (r, N) of bootstrap weights of the places, each row summing to one; `draws` rows in all.
 
     A place weighs how often its request was drawn times how often its image was. With one request (every image alone)
     only images are drawn.
     """
+    rng = np.random.default_rng(seed)
     units = int(drawn.unit.max()) + 1
     used, image = np.unique(drawn.image, return_inverse=True)
-    made = rng.multinomial(len(used), np.full(len(used), 1 / len(used)), size=draws)[:, image].astype(np.float64)
-    if units > 1:
-        made *= rng.multinomial(units, np.full(units, 1 / units), size=draws)[:, drawn.unit]
-    total = made.sum(1, keepdims=True)
-    # a draw of requests that holds none of the drawn images says nothing: it counts as the sample itself
-    shares: Floats = np.divide(made, total, out=np.full_like(made, 1 / made.shape[1]), where=total > 0)
-    return shares
+    for start in range(0, draws, BLOCK):
+        rows = min(BLOCK, draws - start)
+        made = rng.multinomial(len(used), np.full(len(used), 1 / len(used)), size=rows)[:, image].astype(np.float64)
+        if units > 1:
+            made *= rng.multinomial(units, np.full(units, 1 / units), size=rows)[:, drawn.unit]
+        total = made.sum(1, keepdims=True)
+        # a draw of requests that holds none of the drawn images says nothing: it counts as the sample itself
+        yield np.divide(made, total, out=np.full_like(made, 1 / made.shape[1]), where=total > 0)
+
+
+def seed_of(*parts: str) -> int:
+    """A seed from words. Copies of one set (its corruptions) share draws, because they show the same images."""
+    return int.from_bytes(hashlib.sha256("/".join(parts).encode("utf-8", "surrogateescape")).digest()[:8])
 
 
 def interval(samples: Floats, mean: float) -> dict[str, float]:
@@ -95,6 +104,53 @@ def ece(bins: Diagram) -> float:
     return 100 * sum(b["share"] * abs(b["confidence"] - b["accuracy"]) for b in bins)
 
 
+class BySkew:
+    """Gain of requests by their skew, over sets: every answer weighs alike, intervals as everywhere."""
+
+    def __init__(self, draws: int) -> None:
+        self.draws = draws
+        bins = len(SKEW_EDGES) - 1
+        self.where = np.zeros(bins)  # sum of the skew of the places
+        self.places, self.requests = np.zeros(bins), np.zeros(bins, dtype=int)
+        self.delta: dict[str, Floats] = {}  # method -> (bins,)
+        self.drawn: dict[str, Floats] = {}  # method -> (draws, bins) weighted sums of the gain
+        self.weight = np.zeros((draws, bins))
+
+    def add(self, drawn: Drawn, truth: Indices, classes: int, given: dict[str, Given], seed: int) -> None:
+        """One set: all its requests of all kinds and sizes together, as one `drawn`."""
+        labels = truth[drawn.image]
+        starts = np.flatnonzero(np.diff(drawn.unit, prepend=-1))
+        skews = np.array([skew(own, classes) for own in np.split(labels, starts[1:])])
+        bin_of = np.digitize(skews, SKEW_EDGES[1:-1])
+        self.requests += np.bincount(bin_of, minlength=len(self.places))
+        place = np.eye(len(self.places))[bin_of[drawn.unit]]  # (N, bins)
+        self.where += skews[drawn.unit] @ place
+        self.places += place.sum(0)
+        base = given["zero-shot"].label == labels
+        gains = {n: (g.label == labels).astype(np.float64) - base for n, g in given.items() if n != "zero-shot"}
+        for name, gain in gains.items():
+            self.delta[name] = self.delta.get(name, 0.0) + gain @ place
+            self.drawn.setdefault(name, np.zeros_like(self.weight))
+        at = 0
+        for block in weights(drawn, self.draws, seed):
+            block *= len(drawn.image)  # sets weigh by their answers
+            rows = slice(at, at + len(block))
+            self.weight[rows] += block @ place
+            for name, gain in gains.items():
+                self.drawn[name][rows] += block @ (gain[:, None] * place)
+            at += len(block)
+
+    def rows(self, name: str) -> list[dict[str, float]]:
+        """The filled bins of one method."""
+        made = []
+        for b in np.flatnonzero(self.places):
+            samples = self.drawn[name][:, b] / np.maximum(self.weight[:, b], 1e-9)
+            shown = interval(samples, float(self.delta[name][b] / self.places[b]))
+            made.append({"skew": round(float(self.where[b] / self.places[b]), 3), "gain": shown["mean"],
+                         "low": shown["low"], "high": shown["high"], "windows": int(self.requests[b])})  # fmt: skip
+        return made
+
+
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """One method on one set under one protocol: its cell as JSON, and the draws behind its intervals."""
@@ -106,42 +162,41 @@ class Comparison:
 
 
 def compare(
-    drawn: Drawn, truth: Indices, given: dict[str, Given], *, bins: int, draws: int, seed: int
+    drawn: Drawn, truth: Indices, given: dict[str, Given], *, size: int, bins: int, draws: int, seed: int
 ) -> dict[str, Comparison]:
     """Every method of one set and protocol against zero-shot, and against TPT where it was run. `truth` (M,)."""
     right = {name: answers.label == truth[drawn.image] for name, answers in given.items()}
-    drawn_weights = weights(drawn, draws, np.random.default_rng(seed))
-    base = right["zero-shot"].astype(np.float64)
-    seeds = np.unique(drawn.seed)
-
-    def difference(ours: NDArray[np.bool_], theirs: Floats) -> tuple[Floats, dict[str, float]]:
-        delta = ours - theirs
-        samples = drawn_weights @ delta
-        return samples, interval(samples, float(delta.mean()))
-
+    shares = np.stack([r.astype(np.float64) for r in right.values()], axis=1)  # (N, methods)
+    samples = dict(zip(right, np.concatenate([w @ shares for w in weights(drawn, draws, seed)]).T, strict=True))
+    units = int(drawn.unit.max()) + 1
     made = {}
     for name, answers in given.items():
-        gain, shown = difference(right[name], base)
+        mean = float(right[name].mean())
         diagram = calibration(answers.confidence, right[name], bins)
+
+        def against(other: str, ours: str = name, mean: float = mean) -> tuple[Floats, dict[str, float]]:
+            gains = samples[ours] - samples[other]
+            return gains, interval(gains, mean - float(right[other].mean()))
+
+        gain, shown = against("zero-shot")
+        gain_tpt, shown_tpt = against("tpt") if "tpt" in right and name != "tpt" else (None, None)
         cell: dict[str, Any] = {
-            "windows": int(drawn.unit.max()) + 1,
+            "windows": units,
             "predictions": len(drawn.image),
-            "top1": round(100 * float(right[name].mean()), 2),
+            "mean_size": 1 if size == 1 else round(len(drawn.image) / units, 1),
+            "top1": round(100 * mean, 2),
             "ece": round(ece(diagram), 2),
             "mean_confidence": round(100 * float(answers.confidence.mean()), 2),
             "gain": shown,
-            "gain_tpt": None,
-            "by_seed": [round(100 * float(right[name][drawn.seed == s].mean()), 2) for s in seeds],
+            "gain_tpt": shown_tpt,
+            "by_seed": [round(100 * float(right[name][drawn.seed == s].mean()), 2) for s in np.unique(drawn.seed)],
         }
-        gain_tpt = None
-        if "tpt" in right and name != "tpt":
-            gain_tpt, cell["gain_tpt"] = difference(right[name], right["tpt"].astype(np.float64))
         made[name] = Comparison(cell, gain, gain_tpt, diagram)
     return made
 
 
 def mean_of_sets(cells: list[Comparison]) -> dict[str, Any]:
-    """The plain mean over sets; every set was drawn again on its own."""
+    """The plain mean over sets."""
     rows = [c.cell for c in cells]
     made: dict[str, Any] = {
         "sets": len(rows),
@@ -195,36 +250,3 @@ def lines(where: dict[str, Any], drawn: Drawn, given: LabelledSet, answers: dict
                 "score": round(float(answer.confidence[n]), 6),
             }
             yield json.dumps(row, ensure_ascii=False)
-
-
-def by_skew(requests: list[tuple[float, float]], draws: int = 1000) -> list[dict[str, float]]:
-    """Mean gain of requests by their skew, from (skew, gain as a share) pairs, with intervals over requests."""
-    if not requests:
-        return []
-    rng = np.random.default_rng(0)
-    where, gains = np.array(requests).T
-    which = np.digitize(where, SKEW_EDGES[1:-1])
-    rows = []
-    for b in np.unique(which):
-        mine, at = gains[which == b], where[which == b]
-        samples = mine[rng.integers(len(mine), size=(draws, len(mine)))].mean(1)
-        shown = interval(samples, float(mine.mean()))
-        rows.append(
-            {
-                "skew": round(float(at.mean()), 3),
-                "gain": shown["mean"],
-                "low": shown["low"],
-                "high": shown["high"],
-                "windows": len(mine),
-            }
-        )
-    return rows
-
-
-def gains_by_request(drawn: Drawn, truth: Indices, classes: int, ours: Given, base: Given) -> list[tuple[float, float]]:
-    """(skew, gain) of every request."""
-    labels = truth[drawn.image]
-    delta = (ours.label == labels).astype(np.float64) - (base.label == labels)
-    units = range(int(drawn.unit.max()) + 1)
-    own = [drawn.unit == u for u in units]
-    return [(skew(labels[mine], classes), float(delta[mine].mean())) for mine in own]

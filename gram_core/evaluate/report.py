@@ -12,7 +12,8 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -276,13 +277,19 @@ def _print(console: Console, title: str, headers: list[str], sections: list[tupl
 
 def write(summary: Row, path: Path) -> None:
     """Render to `path`; what was there stays until the new report is whole."""
-    text = render(summary)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside(path) as aside:
+        aside.write_text(render(summary), encoding="utf-8")
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A file to write in place of `path`, which it replaces when the block ends well; else nothing is left of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        yield aside
+        os.replace(aside, path)
     finally:
-        beside.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
 
 
 def render(summary: Row) -> str:

@@ -3,170 +3,36 @@
 from __future__ import annotations
 
 import datetime
-import difflib
-import fnmatch
-import hashlib
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gram_core import backbone as towers
 from gram_core.classifier import Classifier
-from gram_core.config import option
-from gram_core.errors import InvalidConfig, InvalidData
-from gram_core.evaluate import corruptions, data, readout, suites
-from gram_core.evaluate.cells import Cells, image_gflops, text_gflops
-from gram_core.evaluate.features import PLAIN, Features
-from gram_core.evaluate.labelled import ROLES, LabelledSet
-from gram_core.evaluate.methods import METHODS, Method, Scene, choose, settings_of, views_of
-from gram_core.evaluate.protocols import BATCH_KINDS, Protocol, protocols
+from gram_core.errors import InvalidData
+from gram_core.evaluate import cost, readout, report
+from gram_core.evaluate.cells import Cells, Meter
+from gram_core.evaluate.features import PLAIN, Features, Views
+from gram_core.evaluate.labelled import LabelledSet
+from gram_core.evaluate.methods import METHODS, Scene, choose, settings_of, views_of
+from gram_core.evaluate.options import EvaluateConfig, open_sets, templates_of
+from gram_core.evaluate.protocols import Protocol, protocols
 from gram_core.evaluate.readout import Comparison
 from gram_core.evaluate.store import Store
-from gram_core.text import DEFAULT_TEMPLATES
 
 LARGER = "larger"
 OWN_ROLES = ("all", "choosing", "reporting")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Every option of `python -m gram_core.evaluate`; a recipe is a TOML file with the same names."""
-
-    model: str = option("gram-mini", "model as in GRAM_MODEL: bundled, NAME/TAG, a directory or hf-hub:ORG/REPO")
-    larger: str | None = option(None, "a second, larger model: its frozen zero-shot stands beside the methods")
-    data: tuple[Path, ...] = option(
-        (), "image folders, zips of folders, .tar shards, CSVs, or a folder that holds any of these", whole=True
-    )
-    suites: tuple[str, ...] = option((), "standard sets or families read below --data, as imagenet-a or fine-grained")
-    sets: tuple[str, ...] = option((), "only the sets whose names match these patterns, as pacs/*")
-    splits: tuple[str, ...] = option((), "splits of a set to read, instead of test or else val")
-    classes: Path | None = option(None, "file of class names: one a line, or FOLDER<TAB>NAME, or JSON")
-    roles: dict[str, str] = option({}, "PATTERN=choosing|reporting|training: what sets may be used for")
-    methods: tuple[str, ...] = option(
-        ("zero-shot", "ensemble", "tpt", "c-tpt", "zero", "mta", "tda", "stata", "infomax", "gram"),
-        f"methods, of {', '.join(METHODS)}",
-    )
-    protocols: tuple[str, ...] = option(("image", "batch", "stream"), "image, batch, stream")
-    kinds: tuple[str, ...] = option(BATCH_KINDS, "kinds of batch; effective-LOW-HIGH is StatA's protocol")
-    sizes: tuple[int, ...] = option((8, 32, 64), "images of a batch; effective-* batches have 64")
-    stream_size: int = option(64, "images that arrive together in a stream")
-    images: int = option(600, "images of each set, a seeded class-balanced subsample; 0 takes all")
-    per_class: int = option(0, "images of every class at least, where the set has them, even beyond --images")
-    windows: int = option(45, "batches of each kind and size, spread over the seeds")
-    seeds: int = option(3, "seeds of windows and streams")
-    view_seed: int = option(0, "seed of the views, as a request's")
-    templates: tuple[str, ...] = option(
-        ("single",), "texts of every row: single, simple, openai, or templates", whole=True
-    )
-    crops: str = option("own", "own: each method's published views; strong or mild: the same crops for all")
-    corrupt: tuple[str, ...] = option((), "corruptions added as sets of their own, as fog@3, noise@1-5 or all@5")
-    clean: bool = option(True, "measure the undisturbed sets too when --corrupt is given")
-    corrupt_seed: int = option(0, "seed of the corruptions")
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = option("auto", "auto, fp32 or bf16")
-    model_dir: Path | None = option(None, "where fetched models lie, as GRAM_MODEL_DIR")
-    cache: Path = option(Path("~/.cache/gram"), "folder of what need not be computed again")
-    fresh: bool = option(False, "answer everything again, whatever the cache holds; features are kept")
-    out: Path = option(Path("evaluation"), "folder for summary.json and report.html")
-    predictions: bool = option(False, "write predictions.jsonl as well: every answer of every image")
-    bins: int = option(15, "equal-width bins of the calibration error")
-    draws: int = option(2000, "bootstrap draws")
-    title: str | None = option(None, "title of the report")
-
-    def __post_init__(self) -> None:
-        least = {"stream_size": 2, "images": 0, "windows": 1, "seeds": 1, "view_seed": 0, "bins": 2, "draws": 100}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise InvalidConfig(f"{name} is {getattr(self, name)}; it must be at least {low}.")
-        if not self.sizes or min(self.sizes) < 2:
-            raise InvalidConfig(f"sizes is {self.sizes}; a batch has at least 2 images.")
-        if self.crops not in ("own", "strong", "mild"):
-            raise InvalidConfig(f"crops is {self.crops!r}; choose own, strong or mild.")
-        for role in self.roles.values():
-            if role not in ROLES:
-                raise InvalidConfig(f"no role {role!r}; choose choosing, reporting or training.")
-
-
-# ---- what is measured ----------------------------------------------------------------------------------------
-
-
-def open_sets(config: EvaluateConfig, say: Callable[[str], None]) -> list[LabelledSet]:
-    """The sets of a run: found, filtered, given their roles, subsampled, and disturbed where asked.
-
-    Raises InvalidData when nothing is there, or a pattern matches nothing.
-    """
-    if not config.data:
-        raise InvalidConfig("no --data; name a folder of class folders, a zip, shards, a CSV, or a folder of these.")
-    found: list[LabelledSet] = []
-    reasons: list[str] = []
-    for path in config.data:
-        path = path.expanduser()
-        if config.suites:
-            for suite in config.suites:
-                found += suites.open_suite(suite, path)
-            continue
-        sets, left_out = data.discover(path, splits=config.splits or None, classes_file=config.classes)
-        found += sets
-        reasons += left_out
-    if not found:
-        raise InvalidData("no labelled images: " + " ".join(reasons or ["nothing was found."]))
-    for reason in reasons:
-        say(f"left out: {reason}")
-    names = [s.name for s in found]
-    if len(set(names)) != len(names):
-        twice = sorted({n for n in names if names.count(n) > 1})
-        raise InvalidData(f"two sets are called {twice[0]!r}; rename one of the folders or files.")
-    for pattern in (*config.sets, *config.roles):
-        if not fnmatch.filter(names, pattern):
-            near = difflib.get_close_matches(pattern, names, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InvalidData(f"no set matches {pattern!r}; {hint}Found: {', '.join(names)}.")
-    wanted = [s for s in found if not config.sets or any(fnmatch.fnmatch(s.name, p) for p in config.sets)]
-    made = []
-    for given in wanted:
-        roles = [role for pattern, role in config.roles.items() if fnmatch.fnmatch(given.name, pattern)]
-        given = replace(given, role=roles[-1] if roles else given.role)
-        least = config.per_class * len(given.classes)
-        chosen = given.subsample(max(config.images, least), seed=0) if config.images else given
-        if config.clean or not config.corrupt:
-            made.append(chosen)
-        for text in config.corrupt:
-            for name, severity in corruptions.parse(text):
-                made.append(_disturbed(chosen, name, severity, config.corrupt_seed))
-    return made
-
-
-def _disturbed(given: LabelledSet, name: str, severity: int, seed: int) -> LabelledSet:
-    """The corrupted set, known to the cache by the clean images: what is kept need not be disturbed again."""
-    how = f"{name}@{severity}/{seed}/{corruptions.FORMAT}".encode()
-
-    def identity(row: int) -> bytes:
-        return hashlib.sha256(hashlib.sha256(given.read(row)).digest() + how).digest()
-
-    return replace(corruptions.corrupted(given, name, severity, seed), identity=identity)
-
-
-def templates_of(config: EvaluateConfig) -> tuple[str, ...]:
-    """The templates behind `--templates`."""
-    named = {"single": DEFAULT_TEMPLATES, **towers.template_sets()}
-    if len(config.templates) == 1 and config.templates[0] in named:
-        return named[config.templates[0]]
-    if any("{}" not in t for t in config.templates):
-        raise InvalidConfig(f"templates: choose one of {', '.join(named)}, or give templates that hold one {{}} each.")
-    return config.templates
-
-
-# ---- one run -------------------------------------------------------------------------------------------------
 
 
 def evaluate(config: EvaluateConfig, console: Console, command: str = "") -> dict[str, Any]:
@@ -180,131 +46,104 @@ def evaluate(config: EvaluateConfig, console: Console, command: str = "") -> dic
         console.print(text, style="dim", markup=False, highlight=False)
 
     opened = open_sets(config, say)
-    classifier = _load(config, config.model)
-    larger = _load(config, config.larger) if config.larger else None
-    chosen, left_out = choose(config.methods, classifier)
-    for reason in left_out:
-        say(f"left out: {reason}")
-    kinds = protocols(config.protocols, config.kinds, config.sizes, config.stream_size)
     store = Store(config.cache.expanduser() / "evaluate.sqlite")
-    run = _Run(config, classifier, larger, chosen, left_out, kinds, store)
-    with _progress(console) as progress:
+    run = _Run(config, store, say)
+    for reason in run.left_out:
+        say(f"left out: {reason}")
+    only_training = all(given.role == "training" for given in opened)
+    with _predictions(config) as write, _progress(console) as progress:
         for number, given in enumerate(opened):
             place = f"{number + 1}/{len(opened)} {given.name}"
-            run.measure(given, progress, place)
-            say(f"{place}: {run.sets[-1]['images']} images done")
+            for line in run.measure(given, progress, place, only_training or given.role != "training"):
+                write(line)
+            say(f"{place}: done, {run.sets[-1]['images']} images")
     store.close()
     return run.summary(command, started)
+
+
+@contextmanager
+def _predictions(config: EvaluateConfig) -> Iterator[Callable[[str], object]]:
+    """Where lines of predictions go; the file takes its name when all of them are there."""
+    if not config.predictions:
+        yield lambda _: None
+        return
+    config.out.mkdir(parents=True, exist_ok=True)
+    with report.beside(config.out / "predictions.jsonl") as aside, aside.open("w", encoding="utf-8") as file:
+        yield lambda line: file.write(line + "\n")
 
 
 class _Run:
     """Figures collected set by set; features of one set at a time are in memory."""
 
-    def __init__(
-        self,
-        config: EvaluateConfig,
-        classifier: Classifier,
-        larger: Classifier | None,
-        chosen: dict[str, Method],
-        left_out: list[str],
-        kinds: list[Protocol],
-        store: Store,
-    ) -> None:
-        self.config, self.classifier, self.larger = config, classifier, larger
-        self.chosen, self.left_out, self.kinds, self.store = chosen, left_out, kinds, store
-        self.views = {name: views_of(m, classifier, config.crops, config.view_seed) for name, m in chosen.items()}
+    def __init__(self, config: EvaluateConfig, store: Store, say: Callable[[str], None]) -> None:
+        self.config, self.store, self.say = config, store, say
+        self.classifier = _load(config, config.model)
+        self.larger = _load(config, config.larger) if config.larger else None
+        chosen, self.left_out = choose(config.methods, self.classifier)
+        self.kinds = protocols(config.protocols, config.kinds, config.sizes, config.stream_size)
+        self.rows = {n: (m, views_of(m, self.classifier, config.crops, config.view_seed)) for n, m in chosen.items()}
+        if self.larger is not None:
+            label = f"larger frozen model ({self.larger.info.name})"
+            self.rows[LARGER] = (replace(METHODS["zero-shot"], label=label), PLAIN)
         self.sets: list[dict[str, Any]] = []
         self.cells: list[dict[str, Any]] = []
         self.reliability: dict[tuple[str, Protocol], list[readout.Diagram]] = {}
-        self.requests: dict[str, list[tuple[float, float]]] = {}
+        self.skew = readout.BySkew(min(config.draws, 500))
         self.compared: dict[tuple[Protocol, str], list[tuple[str, Comparison]]] = {}
-        self.costs: dict[str, list[dict[str, float]]] = {}
-        self._predictions = None
-        if config.predictions:
-            config.out.mkdir(parents=True, exist_ok=True)
-            self._predictions = (config.out / "predictions.jsonl").open("w", encoding="utf-8")
+        self.costs: dict[str, list[dict[str, float]]] = {name: [] for name in self.rows}
 
-    def measure(self, given: LabelledSet, progress: Progress, label: str) -> None:
-        """Every method under every protocol on one set."""
-        config = self.config
+    def measure(self, given: LabelledSet, progress: Progress, label: str, counts: bool) -> Iterator[str]:
+        """Every method under every protocol on one set; yields its predictions as lines if they are asked for.
+
+        `counts` says whether the set enters what is shown over all sets.
+        """
         task = progress.add_task(f"{label}: features", total=len(given))
         features = Features(self.classifier, self.store, given)
-        features.prepare(list(self.views.values()), lambda n: progress.advance(task, n))
-        laps = {views: features.measure(views) for views in {PLAIN, *self.views.values()}}
-        of = {name: laps[views] for name, views in self.views.items()}
-        scene = _scene(self.classifier, given, config)
-        text_started = time.perf_counter()
-        self.classifier.texts.encode_afresh(scene.classes)
-        text_ms = (time.perf_counter() - text_started) * 1000
-        cells = Cells(features, scene, self.store, windows=config.windows, seeds=config.seeds, fresh=config.fresh)
-        answered: dict[Protocol, dict[str, tuple[readout.Given, Any]]] = {kind: {} for kind in self.kinds}
-        progress.update(task, description=f"{label}: methods", total=None, completed=0)
-        for name, method in self.chosen.items():
+        features.prepare([views for _, views in self.rows.values()], lambda n: progress.advance(task, n))
+        own = self._cells(self.classifier, features)
+        every = dict.fromkeys(self.rows, own)
+        if self.larger is not None:
+            progress.update(task, description=f"{label}: features of the larger model", completed=0)
+            theirs = Features(self.larger, self.store, features.given)
+            theirs.prepare([], lambda n: progress.advance(task, n))
+            if theirs.digest != features.digest:
+                raise InvalidData(f"set {given.name!r} changed while it was read; run the command again.")
+            every[LARGER] = self._cells(self.larger, theirs)
+        started = time.perf_counter()
+        self.classifier.texts.encode_afresh(own.scene.classes)
+        text_ms = (time.perf_counter() - started) * 1000
+        progress.update(task, total=len(self.rows) * len(self.kinds), completed=0)
+        laps: dict[str, dict[str, float]] = {}
+        answered: dict[Protocol, dict[str, tuple[readout.Given, Meter]]] = {kind: {} for kind in self.kinds}
+        decode_ms = features.decode_ms()
+        timed: dict[tuple[int, Views], dict[str, float]] = {}
+        for name, (method, views) in self.rows.items():
             progress.update(task, description=f"{label}: {method.label}")
+            if not progress.live.console.is_terminal:
+                self.say(f"{label}: {method.label}")
+            cells = every[name]
+            place = (id(cells), views)
+            if place not in timed:
+                timed[place] = {"decode": decode_ms, **cells.features.measure(views)}
+            laps[name] = timed[place]
+            self.costs[name].append({**laps[name], **cost.measure(cells.features, cells.scene, method, views)})
             for protocol in self.kinds:
-                got = cells.answers(name, method, self.views[name], protocol, lambda: progress.advance(task))
+                got = cells.answers("zero-shot" if name == LARGER else name, method, views, protocol)
                 if got is not None:
                     answered[protocol][name] = got
-            self._cost(name, cells, of[name], [a[name] for a in answered.values() if name in a])
-        if self.larger is not None:
-            of[LARGER] = self._measure_larger(given, features, answered, progress)
-        for number, (protocol, by_method) in enumerate(answered.items()):
-            self._compare(features, cells, of, protocol, by_method, number)
-        shown = features.given
-        base, _, disturbed = given.name.partition("+")
-        name, _, severity = disturbed.partition("@")
-        self.sets.append(
-            {
-                "name": given.name,
-                "role": given.role,
-                "classes": len(given.classes),
-                "images": len(shown),
-                "of": len(given),
-                "files_sha256": given.files_sha256,
-                "skipped": dict(features.skipped),
-                "notes": list(given.notes),
-                "corruption": {"of": base, "name": name, "severity": int(severity)} if disturbed else None,
-                "ms": {**laps[PLAIN], "text": round(text_ms, 2)},
-            }
-        )
+                progress.advance(task)
+        for protocol, by_method in answered.items():
+            yield from self._compare(features, own, laps, protocol, by_method, counts)
+        if counts:
+            self._skew(own, features, answered)
+        self.sets.append(_set(given, features, {**timed[id(own), PLAIN], "text": round(text_ms, 2)}))
         progress.remove_task(task)
 
-    def _measure_larger(
-        self, given: LabelledSet, features: Features, answered: dict[Protocol, Any], progress: Progress
-    ) -> dict[str, float]:
-        """Zero-shot of the larger model on the very same images and requests; its milliseconds by stage."""
-        assert self.larger is not None
-        task = progress.add_task(f"{given.name}: larger model", total=len(features.given))
-        theirs = Features(self.larger, self.store, features.given)
-        theirs.prepare([], lambda n: progress.advance(task, n))
-        if theirs.digest != features.digest:
-            raise InvalidData(f"set {given.name!r} changed while it was read; run the command again.")
-        scene = _scene(self.larger, given, self.config)
-        own = Cells(theirs, scene, self.store, windows=self.config.windows, seeds=self.config.seeds)
-        method = METHODS["zero-shot"]
-        for protocol in self.kinds:
-            answered[protocol][LARGER] = own.answers("zero-shot", method, PLAIN, protocol, lambda: None)
-        laps = theirs.measure(PLAIN)
-        self._cost(LARGER, own, laps, [a[LARGER] for a in answered.values()])
-        progress.remove_task(task)
-        return laps
-
-    def _cost(self, name: str, cells: Cells, laps: dict[str, float], got: Sequence[tuple[Any, Any]]) -> None:
-        """What one image of this set costs with this method, by stage."""
-        method = METHODS["zero-shot"] if name == LARGER else self.chosen[name]
-        views = PLAIN if name == LARGER else self.views[name]
-        meters = list({id(meter): meter for _, meter in got}.values())
-        if not meters:
-            return
-        images = sum(m.images for m in meters)
-        self.costs.setdefault(name, []).append(
-            {
-                **laps,
-                "adapt": sum(m.ms for m in meters) / max(images, 1),
-                "peak_mib": max(m.peak_mib for m in meters),
-                "gflops": cells.gflops("zero-shot" if name == LARGER else name, method, views, 32),
-            }
-        )
+    def _cells(self, classifier: Classifier, features: Features) -> Cells:
+        scene = _scene(classifier, features.given, self.config)
+        cost.warm(scene)
+        config = self.config
+        return Cells(features, scene, self.store, windows=config.windows, seeds=config.seeds, fresh=config.fresh)
 
     def _compare(
         self,
@@ -312,38 +151,51 @@ class _Run:
         cells: Cells,
         laps: dict[str, dict[str, float]],
         protocol: Protocol,
-        got: dict[str, tuple[Any, Any]],
-        number: int,
-    ) -> None:
-        config, truth = self.config, features.labels
+        got: dict[str, tuple[readout.Given, Meter]],
+        counts: bool,
+    ) -> Iterator[str]:
+        config, truth, name_of_set = self.config, features.labels, features.given.name
         drawn = cells.drawn(protocol)
         given = {name: answers for name, (answers, _) in got.items()}
-        made = readout.compare(drawn, truth, given, bins=config.bins, draws=config.draws, seed=number)
-        where = {"set": features.given.name, "protocol": protocol.name, "kind": protocol.kind, "size": protocol.size}
+        seed = readout.seed_of(_undisturbed(name_of_set), str(protocol))
+        made = readout.compare(drawn, truth, given, size=protocol.size, bins=config.bins, draws=config.draws, seed=seed)
+        where = {"set": name_of_set, "protocol": protocol.name, "kind": protocol.kind, "size": protocol.size}
         for name, comparison in made.items():
             meter = got[name][1]
             ms = {**laps[name], "adapt": round(meter.ms / max(meter.images, 1), 3)}
             self.cells.append({**where, "method": name, **comparison.cell, "ms": ms, "statuses": dict(meter.statuses)})
             self.compared.setdefault((protocol, name), []).append((features.given.role, comparison))
-            self.reliability.setdefault((name, protocol), []).append(comparison.diagram)
-            if protocol.name == "batch" and name != "zero-shot":
-                requests = readout.gains_by_request(
-                    drawn, truth, len(cells.scene.classes), given[name], given["zero-shot"]
-                )
-                self.requests.setdefault(name, []).extend(requests)
-        if self._predictions is not None:
-            for line in readout.lines(where, drawn, features.given, given):
-                self._predictions.write(line + "\n")
+            if counts:
+                self.reliability.setdefault((name, protocol), []).append(comparison.diagram)
+        if config.predictions:
+            yield from readout.lines(where, drawn, features.given, given)
+
+    def _skew(
+        self, cells: Cells, features: Features, answered: dict[Protocol, dict[str, tuple[readout.Given, Meter]]]
+    ) -> None:
+        """All batches of one set, of every kind and size, as one collection of requests."""
+        batches = [kind for kind in self.kinds if kind.name == "batch"]
+        if not batches:
+            return
+        drawn = readout.Drawn.of([unit for kind in batches for unit in cells.units(kind)])
+        given = {
+            name: readout.Given(
+                np.concatenate([answered[kind][name][0].label for kind in batches]),
+                np.concatenate([answered[kind][name][0].confidence for kind in batches]),
+            )
+            for name in self.rows
+        }
+        seed = readout.seed_of(_undisturbed(features.given.name), "skew")
+        self.skew.add(drawn, features.labels, len(cells.scene.classes), given, seed)
 
     def summary(self, command: str, started: float) -> dict[str, Any]:
         """The whole run as plain JSON."""
         config = self.config
-        if self._predictions is not None:
-            self._predictions.close()
         means = []
         for role in OWN_ROLES:
             for (protocol, name), rows in self.compared.items():
                 mine = [c for own, c in rows if own == role or (role == "all" and own != "training")]
+                mine = [c for c in mine if 2 * c.cell["mean_size"] >= protocol.size]  # else they are other requests
                 if mine:
                     where = {"role": role, "protocol": protocol.name, "kind": protocol.kind, "size": protocol.size}
                     means.append({**where, "method": name, **readout.mean_of_sets(mine)})
@@ -383,7 +235,7 @@ class _Run:
                 "left_out": self.left_out,
             },
             "sets": self.sets,
-            "methods": [self._row(name) for name in self.costs],
+            "methods": [self._row(name) for name in self.rows],
             "cells": self.cells,
             "means": means,
             "reliability": [
@@ -391,35 +243,57 @@ class _Run:
                 for (name, protocol), diagrams in self.reliability.items()
                 if protocol == shown
             ],
-            "skew": [{"method": name, "bins": readout.by_skew(rows)} for name, rows in self.requests.items()],
+            "skew": [{"method": name, "bins": self.skew.rows(name)} for name in self.skew.delta],
             "distance": None,
         }
 
     def _row(self, name: str) -> dict[str, Any]:
         """A method as the table names it, with its mean cost over sets."""
+        method, views = self.rows[name]
         costs = self.costs[name]
-        mean = {key: sum(c[key] for c in costs) / len(costs) for key in costs[0]}
-        laps = {key: round(mean[key], 3) for key in ("decode", "views", "image", "adapt")}
-        row = {"gflops": round(mean["gflops"], 3), "ms_per_image": round(sum(laps.values()), 3), "ms": laps,
-               "peak_mib": max(c["peak_mib"] for c in costs)}  # fmt: skip
-        if name == LARGER:
-            assert self.larger is not None
-            label = f"larger frozen model ({self.larger.info.name})"
-            return {"name": name, "label": label, "paper": "zero-shot", "unit": "image", "views": 1,
-                    "crops": "original", "settings": {}, "image_passes": 1.0, **row}  # fmt: skip
-        method, views = self.chosen[name], self.views[name]
-        crops = method.sees if method.sees == "original" or self.config.crops == "own" else self.config.crops
+        laps = {key: _mean([c[key] for c in costs]) for key in ("decode", "views", "image", "adapt")}
+        own = method.sees if method.sees == "original" or self.config.crops == "own" else self.config.crops
         return {
             "name": name,
             "label": method.label,
             "paper": method.paper,
             "unit": method.unit,
             "views": views.count,
-            "crops": crops,
+            "crops": own,
             "settings": settings_of(method, self.classifier),
             "image_passes": float(views.count),
-            **row,
+            "gflops": _mean([c["gflops"] for c in costs], 6),
+            "ms_per_image": round(sum(laps.values()), 3),
+            "ms": laps,
+            "peak_mib": max(c["peak_mib"] for c in costs),
         }
+
+
+def _mean(values: Sequence[float], digits: int = 3) -> float:
+    return round(sum(values) / len(values), digits)
+
+
+def _undisturbed(name: str) -> str:
+    """The name of the set that a corrupted copy was made of."""
+    return name.partition("+")[0]
+
+
+def _set(given: LabelledSet, features: Features, ms: dict[str, float]) -> dict[str, Any]:
+    """A set as the report names it."""
+    base, _, disturbed = given.name.partition("+")
+    name, _, severity = disturbed.partition("@")
+    return {
+        "name": given.name,
+        "role": given.role,
+        "classes": len(given.classes),
+        "images": len(features.given),
+        "of": len(given),
+        "files_sha256": given.files_sha256,
+        "skipped": dict(features.skipped),
+        "notes": list(given.notes),
+        "corruption": {"of": base, "name": name, "severity": int(severity)} if disturbed else None,
+        "ms": ms,
+    }
 
 
 def _load(config: EvaluateConfig, model: str) -> Classifier:
@@ -444,8 +318,8 @@ def _model(classifier: Classifier) -> dict[str, Any]:
         "image_size": info.image_size,
         "parameters": info.parameters,
         "logit_scale": round(info.logit_scale, 3),
-        "gflops_image": round(image_gflops(classifier), 4),
-        "gflops_text": round(text_gflops(classifier), 4),
+        "gflops_image": round(cost.image_gflops(classifier), 6),
+        "gflops_text": round(cost.text_gflops(classifier), 6),
     }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gram_core.errors import InvalidConfig
+from gram_core.errors import InvalidData
 
 CHUNK = 500  # keys asked for in one statement
 
@@ -36,7 +36,7 @@ class Store:
             self._file.execute("PRAGMA synchronous=NORMAL")
             self._file.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, header TEXT, value BLOB)")
         except (OSError, sqlite3.Error) as error:
-            raise InvalidConfig(
+            raise InvalidData(
                 f"the cache {path} can't be used ({type(error).__name__}: {error}). Delete it, or name another folder "
                 "with --cache."
             ) from error
@@ -77,8 +77,8 @@ class Store:
             except sqlite3.Error as error:
                 raise self._broken(error) from error
 
-    def _broken(self, error: sqlite3.Error) -> InvalidConfig:
-        return InvalidConfig(
+    def _broken(self, error: sqlite3.Error) -> InvalidData:
+        return InvalidData(
             f"the cache {self.path} can't be read or written ({error}). Free some space, or delete the file: what it "
             "holds is computed again."
         )
