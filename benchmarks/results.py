@@ -78,8 +78,7 @@ def evaluation(name: str, summary: Row) -> Iterator[str]:
     )
     yield ""
     rows = [
-        [s["name"], s["role"], str(s["classes"]), f"{s['images']} of {s['of']}", s["files_sha256"][:12]]
-        for s in summary["sets"]
+        [s["name"], s["role"], str(s["classes"]), str(s["images"]), s["files_sha256"][:12]] for s in summary["sets"]
     ]
     yield from table(["set", "role", "classes", "images", "list of files"], rows)
     labels = {m["name"]: m["label"] for m in summary["methods"]}

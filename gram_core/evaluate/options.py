@@ -124,6 +124,9 @@ def open_sets(config: EvaluateConfig, say: Callable[[str], None]) -> list[Labell
         given = replace(given, role=roles[-1] if roles else given.role)
         least = config.per_class * len(given.classes)
         chosen = given.subsample(max(config.images, least), seed=0) if config.images else given
+        if len(chosen) < len(given):
+            note = f"A class-balanced sample of {len(chosen)} of {len(given)} images (seed 0)."
+            chosen = replace(chosen, notes=(*chosen.notes, note))
         if config.clean or not config.corrupt:
             made.append(chosen)
         for text in config.corrupt:
