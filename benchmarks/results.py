@@ -43,6 +43,8 @@ def gain(row: Row | None) -> str:
     """`+1.2 [0.3, 2.1]`, bold where the interval excludes zero."""
     if row is None:
         return ""
+    if row["method"] == "zero-shot":
+        return f"top-1 {row['top1']:.1f}"
     g = row["gain"]
     text = f"{g['mean']:+.1f} [{g['low']:.1f}, {g['high']:.1f}]"
     return f"**{text}**" if g["low"] > 0 or g["high"] < 0 else text
