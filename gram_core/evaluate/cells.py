@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class Cells:
         parts, meter = [], Meter()
         for requests in self._pieces(protocol, whole=method.unit == "stream" and protocol.name == "stream"):
             key = self._key(name, method, views, protocol=str(protocol), requests=[r.tolist() for r in requests])
-            kept = self._kept(key, lambda r=requests: self._requests(method, views, protocol, r))  # type: ignore[misc]
+            kept = self._kept(key, partial(self._requests, method, views, protocol, requests))
             parts.append(kept[0])
             meter.add(kept[1])
         return _joined(parts), meter
@@ -112,7 +112,7 @@ class Cells:
             for start in range(0, count, PART):
                 rows = np.arange(start, min(start + PART, count))
                 key = self._key(name, method, views, rows=[start, len(rows)])
-                kept = self._kept(key, lambda r=rows: self._requests(method, views, None, [r]))  # type: ignore[misc]
+                kept = self._kept(key, partial(self._requests, method, views, None, [rows]))
                 parts.append(kept[0])
                 meter.add(kept[1])
             self._each[name, views] = _joined(parts), meter

@@ -138,7 +138,7 @@ class Features:
     def _timed(self) -> list[int]:
         """Images to measure on: enough to fill the tower's fixed shape, so that padding is not counted."""
         count = min(max(TIMED, self.classifier.backbone.image_chunk), len(self.given))
-        return np.linspace(0, len(self.given) - 1, count).round().astype(int).tolist()  # type: ignore[no-any-return]
+        return [round(float(at)) for at in np.linspace(0, len(self.given) - 1, count)]
 
     def _group(self, rows: Sequence[int], kinds: Sequence[Views]) -> Iterator[int]:
         """Make sure that the features of `rows` are kept; the rows that can be read, in order."""
