@@ -77,6 +77,7 @@ class _Run:
 
     def __init__(self, config: EvaluateConfig, store: Store, say: Callable[[str], None]) -> None:
         self.config, self.store, self.say = config, store, say
+        self.commit = _commit()
         self.classifier = _load(config, config.model)
         self.larger = _load(config, config.larger) if config.larger else None
         chosen, self.left_out = choose(config.methods, self.classifier)
@@ -208,7 +209,7 @@ class _Run:
             "title": config.title or f"{config.model}: test-time methods side by side",
             "command": command,
             "date": datetime.datetime.now().astimezone().date().isoformat(),
-            "commit": _commit(),
+            "commit": self.commit,
             "minutes": round((time.time() - started) / 60, 2),
             "hardware": {
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
