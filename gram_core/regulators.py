@@ -149,7 +149,8 @@ class ProMetaR(Blockwise):
         reference = _reference(context.zero_shot, name)
         if reference is None:
             return g
-        both = torch.cat([_unit_rms(g), _unit_rms(reference)], dim=-1)  # (E, rows, 2 width)
+        unit_rms = (x * math.sqrt(g[0].numel()) / (_norm(x) + EPS) for x in (g, reference))
+        both = torch.cat(tuple(unit_rms), dim=-1)  # (E, rows, 2 width)
         gamma = (both @ weights["down"] @ weights["mix"]).sigmoid()
         return g + gamma.repeat_interleave(PROMETAR_RATE, dim=-1)[..., : g.shape[-1]] * reference
 
@@ -310,9 +311,6 @@ def bind(regulator: Regulator, params: Params, context: Context) -> Callable[[Pa
     return lambda grads: regulator(params, grads, context)
 
 
-# ---- parts ----------------------------------------------------------------------------------------------------
-
-
 def _under(params: Params, prefix: str) -> Params:
     return {key.removeprefix(f"{prefix}."): w for key, w in params.items() if key.startswith(f"{prefix}.")}
 
@@ -340,10 +338,6 @@ def _norm(g: Tensor) -> Tensor:
     """(E, 1, 1): over all dimensions of an episode, never across episodes."""
     norm: Tensor = torch.linalg.vector_norm(g, dim=(1, 2), keepdim=True)
     return norm
-
-
-def _unit_rms(g: Tensor) -> Tensor:
-    return g / (g.square().mean(dim=(1, 2), keepdim=True).sqrt() + EPS)
 
 
 def _direction(reference: Tensor) -> Tensor:

@@ -340,6 +340,9 @@ def test_without_trust_the_structure_gives_exactly_the_plain_gradient() -> None:
     for trust in (0.0, None):
         untrusted = Structure()(params, grads, dataclasses.replace(context, trust=trust))
         assert all(torch.equal(untrusted[key], g) for key, g in grads.items())
+    broken = {key: torch.full_like(g, torch.inf) for key, g in grads.items()}  # a structure that makes no sense here
+    untouched = Structure()(params, grads, dataclasses.replace(context, structure=broken, trust=0.0))
+    assert all(torch.equal(untouched[key], g) for key, g in grads.items())
     some = Structure()(params, grads, dataclasses.replace(context, trust=torch.tensor([0.0, 1.0, 0.0])))
     for key, g in grads.items():
         assert [torch.equal(some[key][e], g[e]) for e in range(E)] == [True, False, True]
@@ -355,14 +358,29 @@ def test_without_trust_the_structure_gives_exactly_the_plain_gradient() -> None:
     assert all(torch.equal(tuned[key], p) for key, p in plain.items())
 
 
-def test_a_trusted_structure_frees_the_gradient_of_what_would_hurt_the_neighbours() -> None:
+def test_a_structure_frees_the_gradient_of_what_would_hurt_the_neighbours_as_far_as_it_is_trusted() -> None:
     grads = gradients()
     against = {key: -g + 0.5 * gradients(1)[key] for key, g in grads.items()}
-    made = Structure()(fresh("structure"), grads, Context(structure=against, trust=1.0, need=0.0))
-    for key, g in made.items():
-        assert (F.cosine_similarity(grads[key].flatten(1), against[key].flatten(1)) < -0.5).all()
-        cosine = F.cosine_similarity(g.flatten(1), against[key].flatten(1))
-        torch.testing.assert_close(cosine, torch.zeros(E), rtol=0, atol=1e-6)
+    pulling = {f"{block}.pull_bias": torch.full((1, 1), 50.0) for block in SHAPES}
+    for trust in (1.0, 0.25):
+        freed = Structure()(fresh("structure"), grads, Context(structure=against, trust=trust, need=0.0))
+        both = Structure()(fresh("structure") | pulling, grads, Context(structure=against, trust=trust))
+        for key, g in freed.items():
+            toward = F.normalize(against[key].flatten(1), dim=1)
+            before, after = ((x.flatten(1) * toward).sum(1) for x in (grads[key], g))
+            size = grads[key].flatten(1).norm(dim=1).max().item()
+            assert (before < -0.5 * size).all()
+            torch.testing.assert_close(after, (1 - trust) * before, rtol=0, atol=1e-6 * size)
+            pull = (both[key] - g).flatten(1)
+            expected = 2 * trust * g.flatten(1).norm(dim=1, keepdim=True) * toward
+            torch.testing.assert_close(pull, expected, rtol=0, atol=1e-5 * size)
+
+
+def test_trust_scales_what_gram_changes() -> None:
+    params, grads, relation = trained("structure"), gradients(), everything_known().relation
+    whole = Gram()(params, grads, Context(relation=relation))["context"] - grads["context"]
+    half = Structure()(params, grads, Context(relation=relation, trust=0.5))["context"] - grads["context"]
+    torch.testing.assert_close(half, whole / 2, rtol=0, atol=1e-6)
 
 
 def test_the_structure_pulls_by_trust_and_need_and_at_most_by_twice_the_norm() -> None:
