@@ -163,7 +163,7 @@ def test_a_larger_model_stands_beside_the_methods(options: Make, tmp_path: Path)
     summary = run(options(methods=("zero-shot",), larger=str(larger)))
     assert summary["larger"]["gflops_image"] > summary["model"]["gflops_image"]
     (row,) = [m for m in summary["methods"] if m["name"] == "larger"]
-    assert row["gflops"] > summary["larger"]["gflops_image"]
+    assert row["gflops"] >= summary["larger"]["gflops_image"]  # comparing with three class texts is below the rounding
     assert {c["protocol"] for c in summary["cells"] if c["method"] == "larger"} == {"image", "batch", "stream"}
 
 
