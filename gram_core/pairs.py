@@ -481,7 +481,7 @@ def build(config: PairsConfig, console: Console, backbone: Backbone | None = Non
     header = _started(out, backbone, made_from)
     if header is not None:
         shutil.rmtree(out / PARTS, ignore_errors=True)
-        console.print(f"{out} is complete already: {header['pairs']} pairs.", markup=False, highlight=False)
+        console.print(f"{out} is complete already.", markup=False, highlight=False, soft_wrap=True)
         return header
     (out / PARTS).mkdir(parents=True, exist_ok=True)
     if rank == 0:

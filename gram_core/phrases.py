@@ -3,8 +3,8 @@
 The rule. A caption is cut at punctuation, numbers and stop words (articles, prepositions, pronouns, conjunctions,
 auxiliaries, adverbs, frequent verbs). Between the cuts stand runs of words, which are cut further:
 
-1. at a word in -ing or -ed, unless it opens the run behind an article or at the start of a caption (`a running dog`,
-   but `man | riding | bike`) or is on a short list of nouns (`building`, `swing`, `bed`);
+1. at a word in -ing or -ed without a hyphen, unless it opens the run behind an article or at the start of a caption
+   (`a running dog`, but `man | riding | bike`) or is on a short list of nouns (`building`, `swing`, `bed`);
 2. at a word in -ly that isn't on a list of nouns;
 3. behind `a` or `an`, at a later word in -s (not -ss, -us, -is, nor on a list): the noun there is singular, so that
    word is the verb (`a dog | catches | frisbee`).
@@ -74,15 +74,15 @@ STOP = ARTICLES | _words(
     "walk walks watch watches wave wears wear work works worn wrestle wrestles write writes getting"
 )
 ADJECTIVES = _words(
-    "red orange yellow green blue purple pink brown black white grey gray tan beige golden silver colorful colourful "
-    "multicolored multi-colored tri-colored dark light bright blond blonde pale "
-    "big small large little tiny huge tall short long wide narrow young old older elderly new middle-aged different "
-    "same similar single several empty full wet dry dirty muddy snowy grassy sandy rocky wooden metal plastic hot cold "
-    "warm cool happy sad angry funny beautiful pretty cute shiny fluffy furry hairy busy crowded calm clear open "
-    "closed shallow deep steep flat round square thick thin heavy fast slow male female asian african american indian "
-    "chinese japanese european bare shirtless barefoot naked clad nearby various outdoor indoor front top own first second "
-    "third last whole main ready able unaware high low lush rough soft hard good bad nice fancy formal casual public "
-    "foreign urban local modern traditional professional medium upper lower"
+    "red orange yellow green blue purple pink brown black white grey gray tan beige golden silver colorful "
+    "colourful multicolored multi-colored tri-colored dark light bright blond blonde pale big small large little "
+    "tiny huge tall short long wide narrow young old older elderly new middle-aged different same similar single "
+    "several empty full wet dry dirty muddy snowy grassy sandy rocky wooden metal plastic hot cold warm cool happy "
+    "sad angry funny beautiful pretty cute shiny fluffy furry hairy busy crowded calm clear open closed shallow "
+    "deep steep flat round square thick thin heavy fast slow male female asian african american indian chinese "
+    "japanese european bare shirtless barefoot naked clad nearby various outdoor indoor front top own first second "
+    "third last whole main ready able unaware high low lush rough soft hard good bad nice fancy formal casual "
+    "public foreign urban local modern traditional professional medium upper lower"
 )
 ING_NOUNS = _words(
     "building buildings swing swings ring rings king kings wing wings string strings thing things painting paintings "
@@ -134,6 +134,8 @@ def _runs(caption: str) -> Iterator[list[str]]:
 
 def _verbal(word: str) -> bool:
     """Whether the ending is that of a verb form or an adverb."""
+    if word in ADJECTIVES or "-" in word:
+        return False  # red; long-haired
     return (
         (word.endswith("ing") and word not in ING_NOUNS)
         or (word.endswith("ed") and word not in ED_NOUNS)
@@ -147,7 +149,7 @@ def _singular(word: str) -> bool:
 
 def _head(word: str) -> bool:
     endings = ("'s", "s'", "ful", "less", "ous")
-    return not (word in ADJECTIVES or word.endswith(endings) or _verbal(word))
+    return not (word in ADJECTIVES or word.endswith(endings) or _verbal(word.rpartition("-")[2]))
 
 
 # ---- counting ------------------------------------------------------------------------------------------------
