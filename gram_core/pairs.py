@@ -679,7 +679,7 @@ class _Meter:
         """`count` more are done."""
         self.count += count
         self.bar.advance(self.task, count)
-        if not self.console.is_terminal and time.monotonic() - self.said > QUIET_S:
+        if not self.console.is_terminal and self.count < self.total and time.monotonic() - self.said > QUIET_S:
             self._say()
 
     def _say(self) -> None:
