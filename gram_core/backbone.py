@@ -372,14 +372,17 @@ class Backbone:
             features.append(F.normalize(self._visual(part)[:rows].float(), dim=-1))
         return torch.cat(features)
 
-    def tokenize(self, texts: Sequence[str]) -> Tensor:
+    def tokenize(self, texts: Sequence[str], *, cut: bool = False) -> Tensor:
         """(K, T) token ids on the CPU, padded to the context.
 
-        Raises InvalidClasses (`class_text_too_long`, with the index) instead of cutting a text off.
+        Raises InvalidClasses (`class_text_too_long`, with the index) instead of cutting a text off, unless `cut`:
+        then it is cut as open_clip's tokenizer does, which is right for captions and wrong for class names.
         """
         tokens: Tensor = self._tokenizer(list(texts), context_length=self.context_length + 1)
         long = (tokens[:, self.context_length] != self._pad_id).nonzero()
-        if len(long):
+        if len(long) and cut:
+            tokens = self._tokenizer(list(texts), context_length=self.context_length)
+        elif len(long):
             index = int(long[0])
             raise InvalidClasses(
                 f"text {index} does not fit the model's context of {self.context_length} tokens. "

@@ -310,6 +310,12 @@ class TextEncoder:
         with torch.no_grad():
             return self._baseline(classes)
 
+    def sentences(self, texts: Sequence[str]) -> Tensor:
+        """Features (M, D) of plain sentences, not kept; those too long for the tower are cut off."""
+        if not texts:
+            return torch.zeros(0, self.backbone.joint_dim, device=self.backbone.device)
+        return self._encode(self.backbone.tokenize(texts, cut=True))[0]
+
     def start_features(self, classes: ClassSet) -> Tensor:
         """Features (K, D) of `a photo of a {name}.`, the texts of a context before any tuning."""
         if classes.starts_at_baseline:

@@ -21,7 +21,7 @@ from gram_core.errors import InvalidData
 from gram_core.evaluate import data
 from gram_core.evaluate.data import discover, open_data
 from gram_core.evaluate.labelled import LabelledSet
-from gram_core.evaluate.names import clean, imagenet_classes
+from gram_core.names import clean, imagenet_classes
 
 
 def picture(seed: object) -> bytes:

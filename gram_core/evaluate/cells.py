@@ -31,7 +31,7 @@ from gram_core.evaluate.store import Store, key_of
 PART = 128  # images that a per-image method answers between two saves
 TOGETHER = 16  # requests that are answered between two saves
 # What says nothing about an answer: where images come from, and what is made of answers. All else is in `code_hash`.
-ASIDE = ("__init__", "__main__", "corruptions", "cost", "data", "names", "options", "readout", "report", "run", "store",
+ASIDE = ("__init__", "__main__", "corruptions", "cost", "data", "options", "readout", "report", "run", "store",
          "suites")  # fmt: skip
 
 

@@ -6,12 +6,9 @@ unpickled or decoded: a set keeps where its bytes lie. How the papers' sets are 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import re
-import tarfile
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -23,16 +20,27 @@ import numpy as np
 
 from gram_core.errors import InvalidData
 from gram_core.evaluate.labelled import LabelledSet
-from gram_core.evaluate.names import Names, Parts, class_list, clean, is_wnid, named, nearest, read_names, reading, some
+from gram_core.names import Names, class_list, clean, is_wnid, named, nearest, read_names
+from gram_core.sources import (
+    IMAGE_COLUMNS,
+    SUFFIXES,
+    TABLES,
+    Parts,
+    clutter,
+    expand,
+    index_shard,
+    read_at,
+    read_table,
+    reading,
+    some,
+    walk,
+)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 OTHER_SUFFIXES = (".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".heic")  # images that nothing here opens
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "full": "full"} | dict.fromkeys(
     ("val", "valid", "validation", "dev", "crossval"), "val"
 )
-IMAGE_COLUMNS = ("image", "file", "filename", "path", "filepath", "image_path")
 LABEL_COLUMNS = ("label", "class", "classname", "category", "name")
-TABLES = (".csv", ".tsv")
 
 
 def _build(
@@ -137,30 +145,8 @@ def _tree(files: Iterable[Parts], folders: Iterable[Parts], read: Callable[[str]
     return _Tree(images=sides[True], others=sides[False], folders=sorted(folders), read=read)
 
 
-def _clutter(parts: Iterable[str]) -> bool:
-    return any(p.startswith(".") or p in ("__MACOSX", "Thumbs.db", "desktop.ini") for p in parts)
-
-
 def _folder(root: Path) -> _Tree:
-    files: list[Parts] = []
-    folders: list[Parts] = []
-    todo: list[tuple[Parts, frozenset[tuple[int, int]]]] = [((), frozenset())]
-    while todo:
-        inner, above = todo.pop()
-        here = root.joinpath(*inner)
-        with reading(here, "a folder of images"):
-            stat = here.stat()
-            above |= {(stat.st_dev, stat.st_ino)}
-            with os.scandir(here) as entries:
-                for entry in entries:
-                    path = (*inner, entry.name)
-                    if _clutter(path[-1:]):
-                        continue
-                    if not entry.is_dir():
-                        files.append(path)
-                    elif ((target := entry.stat()).st_dev, target.st_ino) not in above:  # else a link back up: a loop
-                        folders.append(path)
-                        todo.append((path, above))
+    files, folders = walk(root)
     return _tree(files, folders, lambda key: (root / key).read_bytes())
 
 
@@ -173,7 +159,7 @@ def _zip(path: Path) -> _Tree:
     with reading(path, "a zip file of class folders"):
         archive = zipfile.ZipFile(path)  # stays open as long as a set reads from it
     members = {tuple(m.filename.replace("\\", "/").strip("/").split("/")): m for m in archive.infolist()}
-    members = {parts: member for parts, member in members.items() if not _clutter(parts)}
+    members = {parts: member for parts, member in members.items() if not clutter(parts)}
     files = [parts for parts, member in members.items() if not member.is_dir()]
     if any(members[parts].flag_bits & 1 for parts in files):
         raise InvalidData(f"{path} asks for a password; expected a plain zip file. Unpack it and give the folder.")
@@ -294,36 +280,6 @@ def _class_set(
 # --- WebDataset shards
 
 
-def _index(shard: Path) -> tuple[dict[str, dict[str, tuple[int, int]]], bool]:
-    """Sample -> suffix -> (offset, size) of what lies in the file whole, and whether that is all of it."""
-    samples: dict[str, dict[str, tuple[int, int]]] = defaultdict(dict)
-    whole = False
-    with reading(shard, "an uncompressed .tar shard"), shard.open("rb") as file:
-        length = shard.stat().st_size
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    key, dot, suffix = member.name.removeprefix("./").rpartition(".")
-                    inside = member.offset_data + member.size <= length
-                    if member.isfile() and dot and inside and not _clutter(key.split("/")):
-                        samples[key][f".{suffix.lower()}"] = (member.offset_data, member.size)
-                file.seek(tar.offset)  # tarfile takes a damaged header for the end, which is a block of zeros
-                whole = file.read(512) == bytes(512)
-        except tarfile.ReadError:
-            if not samples:
-                raise
-    return samples, whole
-
-
-def _read_at(shard: Path, offset: int, size: int) -> bytes:
-    with shard.open("rb") as file:
-        file.seek(offset)
-        content = file.read(size)
-    if len(content) < size:
-        raise OSError(f"{shard} ends before byte {offset + size}")
-    return content
-
-
 def _label(kind: str, content: bytes) -> str | None:
     text = content.decode("utf-8", "replace").strip()
     if kind != ".json":
@@ -342,7 +298,7 @@ def _shard_set(name: str, shards: Sequence[Path], options: _Options) -> Labelled
     texts: dict[str, str] = {}
     notes: list[str] = []
     for shard in shards:
-        samples, whole = _index(shard)
+        samples, whole = index_shard(shard)
         if not whole:
             notes.append(
                 f"{shard.name} is cut off: {len(samples)} samples can be read, those that followed are missing."
@@ -354,9 +310,9 @@ def _shard_set(name: str, shards: Sequence[Path], options: _Options) -> Labelled
             key = f"{shard.stem}/{sample}{image}"
             where[key] = (shard, *files[image])
             kind = next((kind for kind in (".cls", ".json", ".txt") if kind in files), None)
-            if kind == ".json" and _label(kind, _read_at(shard, *files[kind])) is None and ".txt" in files:
+            if kind == ".json" and _label(kind, read_at(shard, *files[kind])) is None and ".txt" in files:
                 kind = ".txt"
-            if kind and (label := _label(kind, _read_at(shard, *files[kind]))) is not None:
+            if kind and (label := _label(kind, read_at(shard, *files[kind]))) is not None:
                 (texts if kind == ".txt" else rows)[key] = label
     if not where:
         raise InvalidData(f"{name}: its .tar files hold no image; expected key.jpg beside key.cls or key.json.")
@@ -381,7 +337,7 @@ def _shard_set(name: str, shards: Sequence[Path], options: _Options) -> Labelled
     if names is None and (path := next((p for p in listed if p.is_file()), None)):
         names = class_list(path)
     return _build(
-        name, rows, lambda key: _read_at(*where[key]), names, said=lambda label: f"label {label!r}", notes=notes
+        name, rows, lambda key: read_at(*where[key]), names, said=lambda label: f"label {label!r}", notes=notes
     )
 
 
@@ -389,13 +345,7 @@ def _shard_set(name: str, shards: Sequence[Path], options: _Options) -> Labelled
 
 
 def _table_set(name: str, path: Path, options: _Options) -> LabelledSet:
-    with reading(path, "a table of images and labels in UTF-8"):
-        text = path.read_text(encoding="utf-8-sig")
-        first = text.partition("\n")[0]
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ";" if first.count(";") > first.count(",") else ","
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(row)]
-    header = [cell.lower() for cell in lines[0][1]] if lines else []
+    header, lines = read_table(path, "a table of images and labels in UTF-8")
     columns = []
     for wanted, what in ((IMAGE_COLUMNS, "image"), (LABEL_COLUMNS, "label")):
         if (column := next((c for c in wanted if c in header), None)) is None:
@@ -408,7 +358,7 @@ def _table_set(name: str, path: Path, options: _Options) -> LabelledSet:
     at: dict[str, int] = {}
     first_row: dict[str, int] = {}
     skipped = 0
-    for number, cells in lines[1:]:
+    for number, cells in lines:
         image, label = (cells[c] if c < len(cells) else "" for c in columns)
         if not image or not label:
             raise InvalidData(f"{path}, row {number}: the {'label' if image else 'image'} is empty. Fill it in.")
@@ -433,14 +383,6 @@ def _table_set(name: str, path: Path, options: _Options) -> LabelledSet:
 
 
 # --- what lies at a path
-
-
-def _expand(pattern: str) -> list[str]:
-    if (found := re.search(r"\{(\d+)\.\.(\d+)\}", pattern)) is None:
-        return [pattern]
-    low, high = found.groups()
-    numbers = [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
-    return [full for n in numbers for full in _expand(pattern[: found.start()] + n + pattern[found.end() :])]
 
 
 def _stem(path: Path) -> str:
@@ -509,7 +451,7 @@ def discover(
     for split in splits or ():
         if split.lower() not in SPLITS and split != "all":
             raise InvalidData(f"there is no split {split!r}; choose of {', '.join(SPLITS)}, all.")
-    shards = [path.parent / name for name in _expand(path.name)]
+    shards = [path.parent / name for name in expand(path.name)]
     if missing := [shard for shard in shards if not os.path.exists(shard)]:
         with reading(path.parent, "a folder"):
             there = os.listdir(path.parent)

@@ -21,7 +21,7 @@ from PIL import Image
 from gram_core.errors import InvalidData
 from gram_core.evaluate.data import discover, image_paths
 from gram_core.evaluate.labelled import LabelledSet, with_names
-from gram_core.evaluate.names import clean, imagenet_classes
+from gram_core.names import clean, imagenet_classes
 
 Names = Callable[[str], str]
 

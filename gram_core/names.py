@@ -1,19 +1,12 @@
-"""Class names: what a folder is called as a person would say it, and files that say it outright.
-
-Also the two things that every reader needs: what goes wrong on opening a file as one sentence, and short lists.
-"""
+"""Class names: what a folder is called as a person would say it, and files that say it outright."""
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-import tarfile
 import unicodedata
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -21,23 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from gram_core.errors import InvalidData
-
-Parts = tuple[str, ...]
-
-
-@contextmanager
-def reading(path: Path, expected: str) -> Iterator[None]:
-    """Turn what goes wrong on opening into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise InvalidData(
-            f"{path} can't be read: {error.strerror or error}; expected {expected}. Check the path and its permissions."
-        ) from None
-    except (zipfile.BadZipFile, tarfile.TarError, ValueError, TypeError, csv.Error, NotImplementedError) as error:
-        raise InvalidData(
-            f"{path} can't be read: {error}; expected {expected}. It may be cut off or of another kind: copy it again."
-        ) from None
+from gram_core.sources import Parts, reading, some
 
 
 @cache
@@ -130,11 +107,6 @@ def class_list(path: Path) -> Names:
         rows.append((folder, name if seen[name] == 1 else f"{name} {seen[name]}"))
     note = f"{path.name} names some classes twice; the later ones are numbered: {some(n for n in seen if seen[n] > 1)}."
     return replace(listed, rows=tuple(rows), notes=(note,))
-
-
-def some(items: Iterable[object], limit: int = 5) -> str:
-    shown = [str(item) for item in items]
-    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more" if len(shown) > limit else "")
 
 
 def nearest(name: str, among: Iterable[str]) -> str:
