@@ -1,18 +1,27 @@
 """What clustering leaves behind for test time, read and written as safetensors and JSON.
 
-So far that is the root of the prototype tree: one unit image feature that joins a request's class marginal
-as rehearsal (docs/method.md). A root belongs to one model's features; its fingerprint says which.
+The root is one unit image feature that joins a request's class marginal as rehearsal; the bank holds prototypes of
+every level of the tree, searched by faiss (docs/method.md). Both belong to one model's features; a fingerprint says which.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import faiss
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+
+from prototypes import complexity, store
+from prototypes.cache import FeatureCache
+from prototypes.cluster import Space
+from prototypes.hierarchy import CONCEPT, LEVELS, MODE, ROOT, THEME, Hierarchy, pack, unpack
+from prototypes.vectors import Floats, Ints, group_means, nearest, partition, spherical_kmeans, unit
 
 ARRAYS, HEADER = "root.safetensors", "root.json"
 FORMAT = 1
@@ -98,3 +107,189 @@ def _read_visual(path: Path) -> NDArray[np.float32]:
     if "visual" not in tensors:
         raise ValueError(f"{path} has no tensor 'visual'; rebuild the root.")
     return tensors["visual"]
+
+
+BANK, KIND, BANK_FORMAT = "bank", "prototype bank", 1
+FLAT_BELOW = 65_536  # prototypes of one level from which an inverted file takes over from comparing all
+RECALL, RECALL_QUERIES, RECALL_NEIGHBOURS = 0.99, 256, 10
+PROTOTYPES = {THEME: (1, 2), CONCEPT: (1, 4), MODE: (1, 8)}  # fewest and most of one node, by complexity
+MEMBERS_EACH = 4  # pairs that a prototype of a mode stands for, at least, when there are two
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PrototypeBank:
+    """M prototypes, level after level from the root (row 0) down; immutable and safe under threads.
+
+    Args:
+        visual, text: (M, D) raw unit centres of the image and the caption features.
+        concentration: (M,) PCL's phi, scaled to mean 1 inside a level and clipped at its 10th and 90th percentiles.
+        kappa: (M,) complexity of the node.
+        parent: (M,) row of the prototype above; -1 for the root.
+        level: (M,) 0 root, 1 theme, 2 concept, 3 mode.
+        node: (M,) node of the hierarchy that it stands for.
+        count: (M,) pairs that it is the centre of.
+        visual_mean, text_mean: (D,) what relations subtract (`centre`).
+        names: M names; prototypes of one concept share its name.
+        medoids: M keys of the pair whose image is nearest to the centre; "" above the modes.
+        fingerprint: the model; source: the pairs.
+        flat_below: prototypes of one level from which search uses an inverted file.
+    """
+
+    visual: Floats
+    text: Floats
+    concentration: Floats
+    kappa: Floats
+    parent: Ints
+    level: Ints
+    node: Ints
+    count: Ints
+    visual_mean: Floats
+    text_mean: Floats
+    names: tuple[str, ...]
+    medoids: tuple[str, ...]
+    fingerprint: str
+    source: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    flat_below: int = FLAT_BELOW
+
+    def __post_init__(self) -> None:
+        _check_bank(self)
+        centred = self.centre(self.visual)
+        indices = {level: _index(centred[self.rows(level)], self.flat_below) for level in range(len(LEVELS))}
+        object.__setattr__(self, "_indices", indices)
+
+    @property
+    def dimension(self) -> int:
+        return int(self.visual.shape[1])
+
+    @property
+    def root(self) -> Root:
+        """The root of docs/method.md: the normalised mean of the modes' raw visual centres."""
+        return Root(np.ascontiguousarray(self.visual[0]), self.fingerprint, int(self.count[0]), self.source)
+
+    def rows(self, level: int) -> Ints:
+        """Rows of one level's prototypes: consecutive."""
+        return np.flatnonzero(self.level == level).astype(np.int64)
+
+    def centre(self, image: Floats) -> Floats:
+        """Raw image features (..., D) as relations use them: norm(v - mean v)."""
+        return unit(image - self.visual_mean)
+
+    def centre_text(self, text: Floats) -> Floats:
+        """Raw text features (..., D) as relations use them: norm(t - mean t)."""
+        return unit(text - self.text_mean)
+
+    def search(self, queries: Floats, k: int, *, level: int = MODE) -> tuple[Floats, Ints]:
+        """Cosines and bank rows, both (n, min(k, prototypes of the level)), nearest first.
+
+        `queries` (n, D) are raw image features; they and the centres are compared after `centre`.
+        """
+        queries = np.asarray(queries, np.float32)
+        if queries.ndim != 2 or queries.shape[1] != self.dimension:
+            raise ValueError(
+                f"queries have shape {queries.shape}, the bank holds dimension {self.dimension}; "
+                f"give (n, {self.dimension}) features of model {self.fingerprint[:16]}."
+            )
+        if not np.isfinite(queries).all():
+            raise ValueError("queries hold values that are not finite; check the images that they come from.")
+        if level not in range(len(LEVELS)) or k < 1:
+            raise ValueError(f"got level {level} and k {k}; level is 0 (root) to 3 (modes), k at least 1.")
+        index: faiss.Index = self._indices[level]  # type: ignore[attr-defined]
+        scores, ids = index.search(np.ascontiguousarray(self.centre(queries)), min(k, index.ntotal))
+        return np.asarray(scores, np.float32), np.where(ids >= 0, ids + self.rows(level)[0], -1).astype(np.int64)
+
+    @classmethod
+    def build(
+        cls,
+        tree: Hierarchy,
+        cache: FeatureCache,
+        *,
+        bounds: Mapping[int, tuple[int, int]] = PROTOTYPES,
+        seed: int = 0,
+        flat_below: int = FLAT_BELOW,
+    ) -> PrototypeBank:
+        """Prototypes of a hierarchy from the cache it was grown from.
+
+        A mode gets k-means centres of its images, as many as its complexity says; levels above get k-means over
+        the centres below them (HCSC, Guo et al. 2022, bottom-up), so that every prototype has one parent.
+        """
+        if cache.fingerprint != tree.fingerprint:
+            raise ValueError(
+                f"the tree is of model {tree.fingerprint[:16]}, the cache of {cache.fingerprint[:16]}; "
+                "use the cache that the tree was grown from."
+            )
+        space = Space(cache, cache.rows(tree.keys), components=1)
+        levels = {MODE: _mode_prototypes(tree, space, bounds[MODE], seed)}
+        for level in (CONCEPT, THEME, ROOT):
+            levels[level] = _above(tree, levels[level + 1], level, bounds.get(level, (1, 1)), seed, tree.visual_mean)
+        return cls._joined(tree, levels, flat_below)
+
+    @classmethod
+    def _joined(cls, tree: Hierarchy, levels: Mapping[int, _Level], flat_below: int) -> PrototypeBank:
+        ordered = [levels[level] for level in range(len(LEVELS))]
+        # Rows of one level follow the order of their parents' rows, so that siblings are together.
+        for above, below in zip(ordered, ordered[1:], strict=False):
+            below.sort(np.argsort(below.parent, kind="stable"), above)
+        sizes = [len(level.node) for level in ordered]
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        parent = [np.array([-1]), *(ordered[i].parent + starts[i - 1] for i in range(1, len(ordered)))]
+        node = np.concatenate([level.node for level in ordered])
+        return cls(
+            visual=np.concatenate([level.visual for level in ordered]),
+            text=np.concatenate([level.text for level in ordered]),
+            concentration=np.concatenate([_rescaled(level.concentration) for level in ordered]),
+            kappa=tree.kappa[node],
+            parent=np.concatenate(parent).astype(np.int64),
+            level=np.repeat(np.arange(len(ordered)), sizes),
+            node=node,
+            count=np.concatenate([level.count for level in ordered]),
+            visual_mean=tree.visual_mean,
+            text_mean=tree.text_mean,
+            names=tuple(tree.names[i] for i in node),
+            medoids=tuple(key for level in ordered for key in level.medoids),
+            fingerprint=tree.fingerprint,
+            source=str(tree.facts.get("source", "")),
+            facts=tree.facts,
+            flat_below=flat_below,
+        )
+
+
+@dataclass
+class _Level:
+    """Prototypes of one level while the bank is built; `parent` counts inside the level above."""
+
+    visual: Floats
+    text: Floats
+    concentration: Floats
+    node: Ints
+    count: Ints
+    medoids: list[str]
+    parent: Ints
+
+    def sort(self, order: Ints, above: _Level) -> None:  # noqa: ARG002
+        raise NotImplementedError
+
+
+def _index(vectors: Floats, flat_below: int) -> faiss.Index:
+    """An index over centred centres (m, D): exact below `flat_below`, else an inverted file whose recall is checked."""
+    m, d = vectors.shape
+    vectors = np.ascontiguousarray(vectors)
+    if m < flat_below:
+        flat = faiss.IndexFlatIP(d)
+        flat.add(vectors)
+        return flat
+    lists = max(1, int(np.sqrt(m)))
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(d), d, lists, faiss.METRIC_INNER_PRODUCT)
+    index.cp.min_points_per_centroid = 1
+    index.cp.seed = 0
+    index.train(vectors)
+    index.add(vectors)
+    rng = np.random.default_rng(0)
+    pairs = rng.integers(m, size=(2, RECALL_QUERIES))
+    queries = unit(vectors[pairs[0]] + 0.5 * vectors[pairs[1]])
+    k = min(RECALL_NEIGHBOURS, m)
+    exact = nearest(queries, vectors, k)[0][:, -1:]
+    index.nprobe = max(1, lists // 64)
+    while index.nprobe < lists and float((index.search(queries, k)[0] >= exact - 1e-5).mean()) < RECALL:
+        index.nprobe = min(lists, 2 * index.nprobe)
+    return index
