@@ -19,7 +19,7 @@ from prototypes.cache import FeatureCache
 from prototypes.cleaning import clean
 from prototypes.hierarchy import CONCEPT, MODE, ROOT, THEME, Hierarchy
 from prototypes.naming import Phrasebook
-from prototypes.vectors import Floats, Ints, Take, blocks, by_first, group_means, partition, unit
+from prototypes.vectors import Floats, Ints, Take, blocks, group_means, partition, unit
 
 __all__ = ["KINDS", "ClusterConfig", "Sizes", "Space", "grow"]
 
@@ -179,15 +179,17 @@ def grow(
     inside = np.ones(len(kept.rows), bool)
     if config.kind == "random":  # as many nodes, of the same sizes, holding anything
         label = label[:, np.random.default_rng([config.seed, 1]).permutation(label.shape[1])]
+        names, _ = _named(space, label, book)
     else:
-        inside = _recognised(space, label, book)
+        names, inside = _named(space, label, book)
         if not inside.any():
             raise ValueError(
                 "no concept's name tells its images from its siblings' better than twice chance: images and captions "
                 "of this cache don't fit each other, or the model does not know them. Check the cache."
             )
-        report(f"{int((~inside).sum()):,} pairs dropped with concepts whose names don't fit their images")
+    report(f"{int((~inside).sum()):,} pairs dropped with concepts whose names don't fit their images")
     stay = np.flatnonzero(inside).astype(np.int64)
+    label, book = label[:, stay], Phrasebook.of(cache, kept.rows[stay])
     final = Space(cache, kept.rows[stay], config.components) if len(stay) < len(inside) else space
     facts: dict[str, Any] = {
         "source": cache.source,
@@ -196,9 +198,7 @@ def grow(
         "dropped": {**kept.dropped, "unfit names": int((~inside).sum())},
         "config": {**asdict(config), "sizes": asdict(sizes)},
     }
-    keys = tuple(kept.keys[i] for i in stay)
-    book = Phrasebook.of(cache, kept.rows[stay])
-    return _finish(final, label[:, stay], book, config, keys, facts)
+    return _finish(final, label, names, book, config, tuple(kept.keys[i] for i in stay), facts)
 
 
 def _told(dropped: dict[str, int]) -> str:
@@ -276,35 +276,43 @@ def _measure(
     return (*found, kappa)
 
 
-def _recognised(space: Space, label: Ints, book: Phrasebook) -> NDArray[np.bool_]:
-    """(n,) whether a pair's concept has a name that tells its images from its siblings' at twice chance."""
+def _named(space: Space, label: Ints, book: Phrasebook) -> tuple[list[str], NDArray[np.bool_]]:
+    """A name for every concept, and (n,) whether it tells a pair's images from its siblings' at twice chance."""
     theme, concept = label[0], label[1]
     inside = np.ones(len(theme), bool)
-    for members in _groups(theme):
-        local = by_first(concept[members])
-        k = int(local.max()) + 1
-        if k < 2:
-            continue
+    names = [""] * (int(concept.max()) + 1)
+    groups = _groups(theme)
+    for members, page in zip(groups, book.split(theme, len(groups)), strict=True):
+        numbers, local = np.unique(concept[members], return_inverse=True)
+        k = len(numbers)
         sibling = np.full(len(theme), -1, np.int64)
         sibling[members] = local
-        text = unit(group_means(lambda at, m=members: space.raw_text(m[at]), local, k) - space.text_mean)  # type: ignore[misc]
-        numbers = book.name(sibling, text, "concept")[1]
+        text = group_means(lambda at, m=members: space.raw_text(m[at]), local, k)  # type: ignore[misc]
+        found, phrase = page.name(sibling, text, space.text_mean, "concept")
+        for number, name in zip(numbers, found, strict=True):
+            names[number] = name
+        if k < 2:
+            continue
         right = np.zeros(k)
         for part in blocks(len(members)):
-            logits = space.raw_image(members[part]) @ book.feature[numbers].T
-            logits[:, numbers < 0] = -np.inf
-            hit = logits.argmax(axis=1) == local[part]
-            right += np.bincount(local[part], weights=hit, minlength=k)
-        accuracy = right / np.bincount(local, minlength=k)
+            logits = space.raw_image(members[part]) @ book.feature[phrase].T
+            logits[:, phrase < 0] = -np.inf
+            right += np.bincount(local[part], weights=logits.argmax(axis=1) == local[part], minlength=k)
         # Of two or three siblings twice chance would ask for (nearly) every image: half of them is enough.
-        inside[members] = (accuracy >= min(2.0 / k, 0.5))[local]
-    return inside
+        inside[members] = (right / np.bincount(local, minlength=k) >= min(2.0 / k, 0.5))[local]
+    return names, inside
 
 
 def _finish(
-    space: Space, label: Ints, book: Phrasebook, config: ClusterConfig, keys: tuple[str, ...], facts: dict[str, Any]
+    space: Space,
+    label: Ints,
+    concepts: list[str],
+    book: Phrasebook,
+    config: ClusterConfig,
+    keys: tuple[str, ...],
+    facts: dict[str, Any],
 ) -> Hierarchy:
-    """Number the nodes, then measure and name what is left."""
+    """Number the nodes that are left and measure them; `concepts` are names by the numbers in `label`."""
     n = label.shape[1]
     local, parents = [np.zeros(n, np.int64)], [np.array([-1])]
     for row in label:  # number by parent, then by first member
@@ -325,16 +333,10 @@ def _finish(
     measured = np.concatenate(measures, axis=1).astype(np.float32)
     text = [group_means(space.raw_text, local[level], int(counts[level])) for level in range(4)]
     visual = [group_means(space.raw_image, local[level], int(counts[level])) for level in range(4)]
-    names = [["everything"], book.name(local[1], unit(text[1] - space.text_mean), "theme")[0]]
-    concepts = [""] * int(counts[2])
-    for theme in range(int(counts[1])):
-        below = np.flatnonzero(parents[2] == theme)
-        sibling = np.where(local[1] == theme, local[2] - below[0], -1)
-        for node, name in zip(
-            below, book.name(sibling, unit(text[2][below] - space.text_mean), "concept")[0], strict=True
-        ):
-            concepts[node] = name
-    names += [concepts, [concepts[p] for p in parents[3]]]
+    themes = book.name(local[1], text[1], space.text_mean, "theme")[0]
+    _, first = np.unique(local[2], return_index=True)
+    named = [concepts[label[1, i]] for i in first]
+    names = [["everything"], themes, named, [named[p] for p in parents[3]]]
     return Hierarchy(
         level=np.repeat(np.arange(4), counts),
         parent=np.concatenate([parents[0], *(parents[level] + offset[level - 1] for level in (1, 2, 3))]),

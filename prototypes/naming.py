@@ -1,12 +1,13 @@
 """Names for nodes, from the phrases of their members' captions.
 
-The score of a phrase in a node is c-TF-IDF against the node's siblings (BERTopic, Grootendorst 2022) times the cosine
-of the phrase's feature with the node's mean caption feature. Siblings never share a name.
+The score of a phrase in a node is c-TF-IDF against the node's siblings (BERTopic, Grootendorst 2022), times how far its
+share in the node exceeds an even one, times the cosine of the phrase's feature with what sets the node's captions apart
+from its siblings'. Siblings never share a name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from prototypes.cache import FeatureCache
 from prototypes.vectors import Floats, Ints, unit
 
 __all__ = ["Phrasebook"]
+
+SUPPORT = 0.15  # share of a node's pairs below which a phrase counts for less: rare words are no labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,24 +52,32 @@ class Phrasebook:
         words = tuple(cache.phrases())
         return cls(words, feature, unit(feature - feature.mean(axis=0)), phrase[order], where[order], held.weight)
 
-    def name(self, labels: Ints, text: Floats, fallback: str) -> tuple[list[str], Ints]:
+    def split(self, labels: Ints, groups: int) -> list[Phrasebook]:
+        """One book for each of the labels 0..groups-1 of the kept pairs (n,): the entries of its pairs."""
+        of = labels[self.position]
+        order = np.argsort(of, kind="stable")
+        parts = np.split(order, np.searchsorted(of[order], np.arange(1, groups)))
+        return [replace(self, phrase=self.phrase[part], position=self.position[part]) for part in parts]
+
+    def name(self, labels: Ints, text: Floats, origin: Floats, fallback: str) -> tuple[list[str], Ints]:
         """Names of K sibling nodes and the phrase number of each; -1 where no phrase fits and `fallback` is used.
 
-        `labels` (n,) says each kept pair's node, -1 for pairs outside; `text` (K, D) are centred mean caption
-        features.
+        `labels` (n,) says which sibling each kept pair is in (-1: none), `text` (K, D) are the siblings' raw mean
+        caption features. Directions are taken from the siblings' mean; from `origin` (D,) where there is only one.
         """
         k = len(text)
         node = labels[self.position]
-        inside = node >= 0
-        present, local = np.unique(self.phrase[inside], return_inverse=True)
-        if not len(present):
-            return [f"{fallback} {i + 1}" for i in range(k)], np.full(k, -1, np.int64)
-        counts = np.zeros((k, len(present)))
-        np.add.at(counts, (node[inside], local), self.weight[self.phrase[inside]])
-        total = counts.sum(axis=1, keepdims=True)
-        rarity = np.log1p(total.sum() / k / counts.sum(axis=0))
-        cosine = np.maximum(text.astype(np.float64) @ self.centred[present].T.astype(np.float64), 0.0)
-        score = counts / np.maximum(total, 1e-12) * rarity * cosine
+        present, local = np.unique(self.phrase, return_inverse=True)
+        counts, pairs = np.zeros((k, len(present))), np.bincount(labels[labels >= 0], minlength=k)[:, None]
+        np.add.at(counts, (node, local), self.weight[self.phrase])
+        total = np.maximum(counts.sum(axis=1, keepdims=True), 1e-12)
+        share = counts / total
+        score = share * np.log1p(total.sum() / k / counts.sum(axis=0))
+        if k > 1:  # a phrase that siblings share evenly tells none of them apart
+            score *= np.maximum(share / share.sum(axis=0) - 1.0 / k, 0.0)
+        score *= np.minimum(counts / (SUPPORT * pairs), 1.0)
+        direction = unit(text - (text.mean(axis=0) if k > 1 else origin)).astype(np.float64)
+        score *= np.maximum(direction @ self.centred[present].T.astype(np.float64), 0.0)
         number = np.full(k, -1, np.int64)
         taken: set[str] = set()
         for flat in _descending(score):

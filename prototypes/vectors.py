@@ -7,6 +7,7 @@ length costs one block of rows (and one k-means sample) of memory. faiss does th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import faiss
 import numpy as np
@@ -86,13 +87,25 @@ def spherical_kmeans(x: Floats, k: int, seed: int, weights: Floats | None = None
             max_points_per_centroid=max(POINTS_PER_CENTRE, -(-n // k)),
             gpu=bool(work >= GPU_FROM and faiss.get_num_gpus()),
         )
-        clustering.train(x, weights=weights, init_centroids=x[_seeds(x, k, rng)])
-        centres = unit(np.asarray(clustering.centroids))
-        scores = nearest(x, centres)[0][:, 0].astype(np.float64)
+        with _threads(work):
+            clustering.train(x, weights=weights, init_centroids=x[_seeds(x, k, rng)])
+            centres = unit(np.asarray(clustering.centroids))
+            scores = nearest(x, centres)[0][:, 0].astype(np.float64)
         score = float(scores.sum() if weights is None else scores @ weights)
         if score > best_score:
             best, best_score = centres, score
     return best
+
+
+@contextmanager
+def _threads(work: int) -> Iterator[None]:
+    """One faiss thread for small work: waking the others costs more than they help, far more on a busy machine."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1 if work < SMALL // 4 else before)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def _seeds(x: Floats, k: int, rng: np.random.Generator) -> Ints:
