@@ -218,7 +218,7 @@ class PrototypeBank:
                 f"the tree is of model {tree.fingerprint[:16]}, the cache of {cache.fingerprint[:16]}; "
                 "use the cache that the tree was grown from."
             )
-        levels = [_of_modes(tree, Space(cache, cache.rows(tree.keys), components=1), bounds[MODE], seed)]
+        levels = [_of_modes(tree, Space(cache, cache.rows(tree.keys)), bounds[MODE], seed)]
         parents: list[Ints] = []
         for level in (CONCEPT, THEME, ROOT):
             above, parent = _above(tree, levels[0], level, bounds.get(level, (1, 1)), seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -96,22 +97,27 @@ class ClusterConfig:
 class Space:
     """Features of n kept pairs by position, modality gap removed; reads blocks of the cache, holds means only."""
 
-    def __init__(self, cache: FeatureCache, rows: Ints, components: int) -> None:
+    def __init__(self, cache: FeatureCache, rows: Ints, components: int = 128) -> None:
         self.cache, self.rows = cache, rows
         self.visual_mean, self.text_mean = self._mean(cache.image), self._mean(cache.caption)
-        sample = np.arange(len(rows))
-        if len(rows) > PCA_ROWS:
-            sample = np.linspace(0, len(rows) - 1, PCA_ROWS).astype(np.int64)
-        d = 2 * cache.dimension
+        self.components = components
+
+    @cached_property
+    def _components(self) -> tuple[Floats, Floats]:
+        """Centre (2 D,) and axes (2 D, components) of the joint space, from an even sample of the pairs."""
+        sample = np.arange(len(self.rows))
+        if len(self.rows) > PCA_ROWS:
+            sample = np.linspace(0, len(self.rows) - 1, PCA_ROWS).astype(np.int64)
+        d = 2 * self.cache.dimension
         total, moment = np.zeros(d), np.zeros((d, d))
         for part in blocks(len(sample)):
             z = self._both(sample[part])
             total += z.sum(axis=0, dtype=np.float64)
             moment += z.T @ z
-        self.centre = total / len(sample)
-        values, vectors = np.linalg.eigh(moment / len(sample) - np.outer(self.centre, self.centre))
+        centre = total / len(sample)
+        values, vectors = np.linalg.eigh(moment / len(sample) - np.outer(centre, centre))
         largest = values > 1e-7 * max(float(values[-1]), 1e-12)
-        self.axes = vectors[:, largest][:, ::-1][:, :components].astype(np.float32)
+        return centre.astype(np.float32), vectors[:, largest][:, ::-1][:, : self.components].astype(np.float32)
 
     def _mean(self, array: Floats) -> Floats:
         total = np.zeros(array.shape[1])
@@ -138,7 +144,8 @@ class Space:
 
     def joint(self, at: Ints) -> Floats:
         """The first principal components of [image; text], of unit norm (n, components)."""
-        return unit((self._both(at) - self.centre.astype(np.float32)) @ self.axes)
+        centre, axes = self._components
+        return unit((self._both(at) - centre) @ axes)
 
     def take(self, modality: str) -> Take:
         return {"image": self.image, "text": self.text, "joint": self.joint, "none": self.joint}[modality]

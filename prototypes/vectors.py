@@ -60,7 +60,8 @@ def nearest(x: Floats, centres: Floats, k: int = 1) -> tuple[Floats, Ints]:
     if faiss.get_num_gpus() and x.size * len(centres) >= GPU_FROM:
         scores, ids = faiss.knn_gpu(faiss.StandardGpuResources(), x, centres, k, metric=faiss.METRIC_INNER_PRODUCT)
     else:
-        scores, ids = faiss.knn(x, centres, k, metric=faiss.METRIC_INNER_PRODUCT)
+        with _threads(x.size * len(centres)):
+            scores, ids = faiss.knn(x, centres, k, metric=faiss.METRIC_INNER_PRODUCT)
     return np.asarray(scores, np.float32), np.asarray(ids, np.int64)
 
 
