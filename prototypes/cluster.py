@@ -26,7 +26,7 @@ __all__ = ["KINDS", "ClusterConfig", "Sizes", "Space", "grow"]
 
 KINDS: dict[str, tuple[str, str, str]] = {  # what splits root, themes and concepts
     "full": ("joint", "text", "image"),
-    "random": ("joint", "text", "image"),  # the full tree's sizes, its pairs dealt out at random
+    "random": ("joint", "text", "image"),  # the full tree's pairs and sizes, dealt out at random
     "flat": ("none", "joint", "none"),  # one theme, concepts straight from the joint space, no modes
     "image": ("image", "image", "image"),
     "text": ("text", "text", "text"),
@@ -183,21 +183,20 @@ def grow(
     growth = _Growth(space, sizes, config)
     label = growth.split(report)
     book = Phrasebook.of(cache, kept.rows)
-    inside = np.ones(len(kept.rows), bool)
-    if config.kind == "random":  # as many nodes, of the same sizes, holding anything
-        label = label[:, np.random.default_rng([config.seed, 1]).permutation(label.shape[1])]
-        names, _ = _named(space, label, book)
-    else:
-        names, inside = _named(space, label, book)
-        if not inside.any():
-            raise ValueError(
-                "no concept's name tells its images from its siblings' better than twice chance: images and captions "
-                "of this cache don't fit each other, or the model does not know them. Check the cache."
-            )
+    names, inside = _named(space, label, book)
+    if not inside.any():
+        raise ValueError(
+            "no concept's name tells its images from its siblings' better than twice chance: images and captions "
+            "of this cache don't fit each other, or the model does not know them. Check the cache."
+        )
     report(f"{int((~inside).sum()):,} pairs dropped with concepts whose names don't fit their images")
     stay = np.flatnonzero(inside).astype(np.int64)
     label, book = label[:, stay], Phrasebook.of(cache, kept.rows[stay])
     final = Space(cache, kept.rows[stay], config.components) if len(stay) < len(inside) else space
+    if config.kind == "random":
+        label = label[:, np.random.default_rng([config.seed, 1]).permutation(label.shape[1])]
+        label = np.stack([np.unique(row, return_inverse=True)[1] for row in label])
+        names, _ = _named(final, label, book)
     facts: dict[str, Any] = {
         "source": cache.source,
         "model": cache.model,
