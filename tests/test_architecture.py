@@ -68,6 +68,8 @@ def test_every_import_contract_holds() -> None:
         ("gram_core", "gram_core/utils.py", ""),
         ("server", "server/engine.py", "from server import app"),
         ("server", "server/utils.py", ""),
+        ("prototypes", "prototypes/cluster.py", "from prototypes import bank"),
+        ("prototypes", "prototypes/utils.py", ""),
         ("arrays", "prototypes/bank.py", "import torch"),
         ("wire", "gram_core/text.py", "from pydantic import BaseModel"),
         ("no-mathematics", "server/engine.py", "import torch"),
