@@ -251,7 +251,7 @@ METHODS: dict[str, Method] = {
 
 
 # Named so that a command which lists them runs everywhere; why they can't run is said and they are left out.
-ABSENT = {"gram": "the meta-learned prompt, regulator and bank are not in this version"}
+ABSENT = {"gram": "this version has no meta-trained prompt and regulator"}
 
 
 def choose(names: tuple[str, ...], classifier: Classifier) -> tuple[dict[str, Method], list[str]]:
