@@ -223,6 +223,16 @@ def test_corruptions_are_sets_of_their_own(options: Make) -> None:
     assert [c["top1"] for c in alone["cells"]] == [c["top1"] for c in summary["cells"] if "fog" in c["set"]]
 
 
+def test_a_set_may_be_called_anything_that_a_folder_may(options: Make, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "cats+dogs [2024] 50%@home", each=3)
+    given = {"data": (folder,), "methods": ("zero-shot",), "protocols": ("image",), "corrupt": ("contrast@5",)}
+    summary = run(options(sets=(folder.name,), roles={folder.name: "choosing"}, **given))
+    assert [(s["role"], s["corruption"]) for s in summary["sets"]] == [
+        ("choosing", None),
+        ("choosing", {"of": folder.name, "name": "contrast", "severity": 5}),
+    ]
+
+
 # ---- nothing is computed twice, nothing is lost ----
 
 

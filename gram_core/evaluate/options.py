@@ -113,14 +113,14 @@ def open_sets(config: EvaluateConfig, say: Callable[[str], None]) -> list[Labell
         twice = sorted({n for n in names if names.count(n) > 1})
         raise InvalidData(f"two sets are called {twice[0]!r}; rename one of the folders or files.")
     for pattern in (*config.sets, *config.roles):
-        if not fnmatch.filter(names, pattern):
+        if not any(_matches(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, names, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise InvalidData(f"no set matches {pattern!r}; {hint}Found: {', '.join(names)}.")
-    wanted = [s for s in found if not config.sets or any(fnmatch.fnmatch(s.name, p) for p in config.sets)]
+    wanted = [s for s in found if not config.sets or any(_matches(s.name, p) for p in config.sets)]
     made = []
     for given in wanted:
-        roles = [role for pattern, role in config.roles.items() if fnmatch.fnmatch(given.name, pattern)]
+        roles = [role for pattern, role in config.roles.items() if _matches(given.name, pattern)]
         given = replace(given, role=roles[-1] if roles else given.role)
         least = config.per_class * len(given.classes)
         chosen = given.subsample(max(config.images, least), seed=0) if config.images else given
@@ -133,6 +133,11 @@ def open_sets(config: EvaluateConfig, say: Callable[[str], None]) -> list[Labell
             for name, severity in corruptions.parse(text):
                 made.append(_disturbed(chosen, name, severity, config.corrupt_seed))
     return made
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a set is meant: its own name always is, whatever brackets it holds."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def _disturbed(given: LabelledSet, name: str, severity: int, seed: int) -> LabelledSet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from gram_core.classifier import Classifier
 from gram_core.errors import InvalidData
 from gram_core.evaluate import cost, readout, report
 from gram_core.evaluate.cells import Cells, Meter
+from gram_core.evaluate.corruptions import CORRUPTIONS
 from gram_core.evaluate.features import PLAIN, Features, Views
 from gram_core.evaluate.labelled import LabelledSet
 from gram_core.evaluate.methods import METHODS, Scene, choose, settings_of, views_of
@@ -274,15 +276,22 @@ def _mean(values: Sequence[float], digits: int = 3) -> float:
     return round(sum(values) / len(values), digits)
 
 
+def _corruption(name: str) -> dict[str, Any] | None:
+    """What `corruptions.corrupted` did to a set, read from the name it gave; a plus sign alone is nothing."""
+    found = re.fullmatch(r"(.+)\+(\w+)@([1-5])", name)
+    if found is None or found[2] not in CORRUPTIONS:
+        return None
+    return {"of": found[1], "name": found[2], "severity": int(found[3])}
+
+
 def _undisturbed(name: str) -> str:
     """The name of the set that a corrupted copy was made of."""
-    return name.partition("+")[0]
+    found = _corruption(name)
+    return name if found is None else str(found["of"])
 
 
 def _set(given: LabelledSet, features: Features, ms: dict[str, float]) -> dict[str, Any]:
     """A set as the report names it."""
-    base, _, disturbed = given.name.partition("+")
-    name, _, severity = disturbed.partition("@")
     return {
         "name": given.name,
         "role": given.role,
@@ -292,7 +301,7 @@ def _set(given: LabelledSet, features: Features, ms: dict[str, float]) -> dict[s
         "files_sha256": given.files_sha256,
         "skipped": dict(features.skipped),
         "notes": list(given.notes),
-        "corruption": {"of": base, "name": name, "severity": int(severity)} if disturbed else None,
+        "corruption": _corruption(given.name),
         "ms": ms,
     }
 
