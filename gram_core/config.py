@@ -12,13 +12,16 @@ import difflib
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gram_core.errors import InvalidConfig
+from rich.console import Console
+
+from gram_core.errors import GramError, InvalidConfig
 
 T = TypeVar("T")
+OK, USAGE, BAD_DATA, INTERRUPTED = 0, 2, 65, 130
 TRUE, FALSE = ("true", "yes", "1"), ("false", "no", "0")
 
 
@@ -49,6 +52,22 @@ def read(cls: type[T], path: Path | None, given: Mapping[str, Any]) -> T:
     return cls(**made)
 
 
+def exit_code(work: Callable[[], object], said: Console) -> int:
+    """Do the work of a command: 0 done, 2 an option was wrong, 65 data or model, 130 interrupted; one line says why."""
+    try:
+        work()
+    except GramError as error:
+        said.print(f"{type(error).__name__}: {error.message}", style="red", markup=False, highlight=False)
+        return USAGE if isinstance(error, InvalidConfig) else BAD_DATA
+    except OSError as error:
+        said.print(f"{error.filename}: {error.strerror}", style="red", markup=False, highlight=False)
+        return BAD_DATA
+    except KeyboardInterrupt:
+        said.print("interrupted; what was finished is kept: run the same command again to go on.", style="yellow")
+        return INTERRUPTED
+    return OK
+
+
 def parse(cls: type[T], words: Sequence[str], *, program: str, description: str) -> T:
     """`cls` from command-line words: one `--flag` per field and `--recipe FILE.toml`; errors end with code 2."""
     parser = argparse.ArgumentParser(
@@ -56,7 +75,8 @@ def parse(cls: type[T], words: Sequence[str], *, program: str, description: str)
     )
     parser.add_argument("--recipe", type=Path, metavar="FILE.toml", help="read these options from a file first")
     hints = typing.get_type_hints(cls)
-    for item in dataclasses.fields(cls):  # type: ignore[arg-type]  # T is a dataclass by contract
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # T is a dataclass by contract
+    for item in fields:
         flag = "--" + item.name.replace("_", "-")
         text = str(item.metadata.get("help", "")).replace("%", "%%")
         kind = _plain(hints[item.name])
@@ -80,7 +100,7 @@ def parse(cls: type[T], words: Sequence[str], *, program: str, description: str)
             parser.add_argument(flag, default=argparse.SUPPRESS, help=text, dest=item.name, metavar=_mark(kind))
     given = vars(parser.parse_args(list(words)))
     recipe = given.pop("recipe")
-    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for item in fields:
         if isinstance(given.get(item.name), list) and not item.metadata.get("whole"):
             given[item.name] = [part.strip() for word in given[item.name] for part in word.split(",")]
     try:

@@ -42,8 +42,8 @@ from torch import Tensor
 from gram_core import backbone as towers
 from gram_core import phrases
 from gram_core.backbone import Backbone
-from gram_core.config import option, parse
-from gram_core.errors import FingerprintMismatch, GramError, InvalidConfig, InvalidData, InvalidImage
+from gram_core.config import exit_code, option, parse
+from gram_core.errors import FingerprintMismatch, InvalidConfig, InvalidData, InvalidImage
 from gram_core.images import ImageLimits, decode
 from gram_core.names import clean
 from gram_core.sources import (
@@ -59,7 +59,6 @@ from gram_core.sources import (
 )  # fmt: skip
 from gram_core.text import START_TEMPLATE, TextEncoder
 
-OK, USAGE, BAD_DATA, INTERRUPTED = 0, 2, 65, 130
 FORMAT = 1
 HEADER, PARTS = "header.json", "parts"
 ARRAYS = ("image.f32", "caption.f32", "phrase.f32", "keys.jsonl", "phrases.jsonl", "phrase_rows.jsonl")
@@ -527,7 +526,7 @@ def _started(out: Path, backbone: Backbone, made_from: str) -> dict[str, Any] | 
             f"{out} is the complete cache of other data or options ({header.get('source')}). Name another folder with "
             "--out, or delete it."
         )
-    return header  # type: ignore[no-any-return]
+    return header  # type: ignore[no-any-return]  # parsed JSON, checked above
 
 
 def _wait(folder: Path, parts: Sequence[Part], meter: _Meter) -> None:
@@ -623,7 +622,7 @@ def _read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """Arrays and notes of one part; a damaged one is removed, so that the next run makes it again."""
     try:
         with safe_open(path, "np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (a safetensors file has no other iterator)
     except (SafetensorError, OSError) as error:
         path.unlink(missing_ok=True)
         raise InvalidData(
@@ -712,26 +711,19 @@ def main(words: Sequence[str] | None = None) -> int:
     description = __doc__.partition("\n\n")[0]
     config = parse(PairsConfig, words, program="python -m gram_core.pairs", description=description)
     said = Console(stderr=True)
-    try:
+
+    def work() -> None:
         header = build(_placed(config, os.environ), said)
         if header is None:
             said.print("this process's parts are done; rank 0 puts them together.")
-            return OK
+            return
         left_out = "".join(f", {count} {reason}" for reason, count in header["skipped"].items())
         said.print(
             f"{config.out}: {header['pairs']} pairs with {header['captions']} captions, {header['phrases']} phrases; "
             f"left out: {left_out[2:] or 'nothing'}.", markup=False, highlight=False, soft_wrap=True
         )  # fmt: skip
-    except GramError as error:
-        said.print(f"{type(error).__name__}: {error.message}", style="red", markup=False, highlight=False)
-        return USAGE if isinstance(error, InvalidConfig) else BAD_DATA
-    except OSError as error:
-        said.print(f"{error.filename or config.out}: {error.strerror}", style="red", markup=False, highlight=False)
-        return BAD_DATA
-    except KeyboardInterrupt:
-        said.print("interrupted; what was finished is kept: run the same command again to go on.", style="yellow")
-        return INTERRUPTED
-    return OK
+
+    return exit_code(work, said)
 
 
 if __name__ == "__main__":

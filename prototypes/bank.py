@@ -194,7 +194,7 @@ class PrototypeBank:
             raise ValueError("queries hold values that are not finite; check the images that they come from.")
         if level not in range(len(LEVELS)) or k < 1:
             raise ValueError(f"got level {level} and k {k}; level is 0 (root) to 3 (modes), k at least 1.")
-        index: faiss.Index = self._indices[level]  # type: ignore[attr-defined]
+        index: faiss.Index = self._indices[level]  # type: ignore[attr-defined]  # set on the frozen object when it is made
         scores, ids = index.search(np.ascontiguousarray(self.centre(queries)), min(k, index.ntotal))
         return np.asarray(scores, np.float32), np.where(ids >= 0, ids + self.rows(level)[0], -1).astype(np.int64)
 

@@ -70,6 +70,7 @@ def clean(
     before = len(rows)
     for attempt in range(PASSES if len(rows) > CELL else 1):
         sofar = rows
+        # mypy has no type for a lambda with a default, which binds this turn's rows
         rows = rows[distinct(lambda p, sofar=sofar: cache.image[sofar[p]], len(rows), duplicate, seed + attempt)]  # type: ignore[misc]
     dropped["near-duplicates"] = before - len(rows)
     return Kept(rows, tuple(names[row] for row in rows), dropped)

@@ -293,6 +293,7 @@ def _named(space: Space, label: Ints, book: Phrasebook) -> tuple[list[str], NDAr
         k = len(numbers)
         sibling = np.full(len(theme), -1, np.int64)
         sibling[members] = local
+        # mypy has no type for a lambda with a default, which binds this turn's members
         text = group_means(lambda at, m=members: space.raw_text(m[at]), local, k)  # type: ignore[misc]
         found, phrase = page.name(sibling, text, space.text_mean, "concept")
         for number, name in zip(numbers, found, strict=True):

@@ -20,9 +20,10 @@ from rich.console import Console
 
 from gram_core import pairs
 from gram_core.backbone import Backbone, load
+from gram_core.config import BAD_DATA, INTERRUPTED, OK, USAGE
 from gram_core.errors import FingerprintMismatch, InvalidConfig, InvalidData
 from gram_core.images import decode
-from gram_core.pairs import BAD_DATA, INTERRUPTED, OK, USAGE, PairsConfig, build, main
+from gram_core.pairs import PairsConfig, build, main
 from gram_core.text import TextEncoder
 from tests.conftest import TINY, write_model
 

@@ -14,13 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gram_core.config import parse
-from gram_core.errors import GramError, InvalidConfig
+from gram_core.config import exit_code, parse
 from gram_core.evaluate import report
 from gram_core.evaluate.options import EvaluateConfig
 from gram_core.evaluate.run import evaluate
 
-OK, USAGE, BAD_DATA, INTERRUPTED = 0, 2, 65, 130
 PROGRAM = "python -m gram_core.evaluate"
 PATHS = ("--data", "--out", "--cache", "--model-dir")
 
@@ -30,23 +28,16 @@ def main(words: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else list(words)
     config = parse(EvaluateConfig, words, program=PROGRAM, description=__doc__.partition("\n\n")[0])
     said = Console(stderr=True)
-    try:
+
+    def work() -> None:
         summary = evaluate(config, said, command=public(words))
         config.out.mkdir(parents=True, exist_ok=True)
         write_json(config.out / "summary.json", summary)
         report.write(summary, config.out / "report.html")
         said.print(f"{config.out}: summary.json and report.html written", markup=False, highlight=False)
         report.tables(summary, Console())
-    except GramError as error:
-        said.print(f"{type(error).__name__}: {error.message}", style="red", markup=False, highlight=False)
-        return USAGE if isinstance(error, InvalidConfig) else BAD_DATA
-    except OSError as error:
-        said.print(f"{error.filename or config.out}: {error.strerror}", style="red", markup=False, highlight=False)
-        return BAD_DATA
-    except KeyboardInterrupt:
-        said.print("interrupted; what was finished is kept: run the same command again to go on.", style="yellow")
-        return INTERRUPTED
-    return OK
+
+    return exit_code(work, said)
 
 
 def write_json(path: Path, summary: dict[str, object]) -> None:
