@@ -155,7 +155,8 @@ class Tasks:
         self.themes = self._side()
         self._concepts = {domain: self._of_themes(images) for domain, images in self._images.items()}
         self.domains = tuple(d for d, themes in self._concepts.items() if self._distinct(d, themes) >= SMALLEST_WAY)
-        self._bank_concept, self._bank_theme = (_ancestors(tree, bank.node, level) for level in (CONCEPT, THEME))
+        concept, self._bank_theme = (_ancestors(tree, bank.node, level) for level in (CONCEPT, THEME))
+        self._bank_class = np.array([self._class[tree.names[c]] if c >= 0 else -1 for c in concept.tolist()], np.int64)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -332,11 +333,9 @@ class Tasks:
 
         Concepts elsewhere that have the name of a masked one go with it; the root always stays.
         """
-        drawn, dropped = rng.random(), rng.random(len(self._bank_concept)) < self.config.dropout
+        drawn, dropped = rng.random(), rng.random(len(self._bank_class)) < self.config.dropout
         if drawn < self.config.mask_concepts + self.config.mask_themes:
-            names = set(self._names_of(concepts))
-            same = [int(c) for c in self.tree.nodes(CONCEPT) if self.tree.names[c] in names]
-            dropped |= np.isin(self._bank_concept, same)
+            dropped |= np.isin(self._bank_class, self._classes_of(concepts).numpy())
             if drawn >= self.config.mask_concepts:
                 dropped |= np.isin(self._bank_theme, self.tree.parent[list(concepts)])
         dropped[0] = False
