@@ -24,7 +24,7 @@ from torch import Tensor, distributed
 
 from gram_core.config import option
 from gram_core.errors import InvalidConfig, InvalidData, TrainingDiverged
-from gram_core.pairs import _Meter, beside
+from gram_core.pairs import Meter, beside
 from gram_core.types import Params
 
 STATE, FORMAT = "state.safetensors", 1
@@ -343,7 +343,7 @@ def train(
         told = ", ".join(f"{name} {mean:.4g} ± {half:.2g}" for name, (mean, half, _) in seen.items())
         console.print(f"step {step}, held-out themes: {told}", markup=False, highlight=False, soft_wrap=True)
 
-    with _scalars(folder, step, world, console) as write, _Meter(console, "meta-training", "steps") as meter:
+    with _scalars(folder, step, world, console) as write, Meter(console, "meta-training", "steps") as meter:
         if not step and not history:
             look()
         meter.begin(config.steps, step)

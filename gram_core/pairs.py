@@ -1,8 +1,8 @@
 """Image-text pairs in, cached features out: `python -m gram_core.pairs --model M --data SHARDS... --out DIR`.
 
-Reads WebDataset shards, tables and image folders; writes the feature cache that `prototypes` reads: raw float32 arrays
-and JSON lines. The work is cut into parts of some hundred samples, each of them one file that is written beside and
-renamed, so a killed run goes on where it stopped and its bytes are those of an undisturbed one.
+Reads WebDataset shards, tables, image folders and zip files; writes the feature cache that `prototypes` reads: raw
+float32 arrays and JSON lines. The work is cut into parts of some hundred samples, each of them one file that is written
+beside and renamed, so a killed run goes on where it stopped and its bytes are those of an undisturbed one.
 Under `torchrun` every process takes every world-th part and rank 0 puts them together (equal to one process with as
 many threads as each of them: the thread count moves a feature's last bits). It knows nothing of hierarchies.
 
@@ -50,8 +50,11 @@ from gram_core.sources import (
     IMAGE_COLUMNS,
     SUFFIXES,
     TABLES,
+    Archive,
+    Parts,
     expand,
     index_shard,
+    open_zip,
     read_at,
     read_table,
     some,
@@ -81,7 +84,10 @@ class PairsConfig:
 
     model: str = option("gram-mini", "model as in GRAM_MODEL: bundled, NAME/TAG, a directory or hf-hub:ORG/REPO")
     data: tuple[Path, ...] = option(
-        (), ".tar shards (NAME-{0000..0003}.tar names several), .csv or .tsv tables, image folders", whole=True
+        (),
+        ".tar shards (NAME-{0000..0003}.tar names several), .csv or .tsv tables, image folders, .zip files of such "
+        "or a folder in one (NAME.zip/val)",
+        whole=True,
     )
     out: Path = option(Path("features"), "folder of the feature cache")
     image_column: str | None = option(None, "column of a table with the image's path, relative to the table")
@@ -128,20 +134,43 @@ class Blob:
         with self.path.open("rb") as file:
             return file.read(limit + 1)
 
+    @property
+    def content(self) -> object:
+        """What tells it from others without being read."""
+        return [self.suffix, self.offset, self.size]
+
+
+@dataclass(frozen=True)
+class Member:
+    """Bytes inside a zip file."""
+
+    archive: Archive
+    parts: Parts
+
+    def read(self, limit: int) -> bytes:
+        """As `Blob.read`."""
+        return self.archive.read(self.parts, limit + 1)
+
+    @property
+    def content(self) -> object:
+        """As `Blob.content`."""
+        member = self.archive.members[self.parts]
+        return [member.CRC, member.file_size]
+
 
 @dataclass(frozen=True)
 class Sample:
     """One key with its image and its captions, still to be read; either may be missing."""
 
     key: str
-    image: Blob | None
+    image: Blob | Member | None
     texts: tuple[Blob, ...] = ()
     captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A shard, table or folder. `samples` are the same, in the same order, whenever they are asked for."""
+    """A shard, table, folder or zip file. `samples` are the same, in the same order, whenever they are asked for."""
 
     name: str
     path: Path
@@ -161,34 +190,50 @@ class Part:
 
 
 def open_sources(config: PairsConfig) -> list[Source]:
-    """The shards, tables and folders of `--data`, sorted by name: their order on the command line changes nothing.
+    """The shards, tables, folders and zip files of `--data`, sorted by name: their order there changes nothing.
 
     Raises InvalidData for what is not there or is of another kind.
     """
     if not config.data:
-        raise InvalidConfig("no --data; name .tar shards, .csv or .tsv tables, or image folders.")
+        raise InvalidConfig("no --data; name .tar shards, .csv or .tsv tables, image folders or .zip files.")
     found: dict[Path, Path] = {}
     for given in config.data:
         given = given.expanduser()
         for path in [given] if given.is_dir() else [given.parent / name for name in expand(given.name)]:
             for one in _contents(path):
                 found[one.resolve()] = one
+    for path in found:
+        if above := next((p for p in path.parents if p in found and _zipped(p)), None):
+            raise InvalidData(f"{found[path]} lies in {found[above]}, which is named as well. Leave one of them out.")
     names = _short_names(list(found))
     return sorted((_source(name, path, config) for path, name in names.items()), key=lambda source: source.name)
 
 
 def _contents(path: Path) -> list[Path]:
+    if _zipped(path):
+        return [path]
     if not os.path.exists(path):
-        raise InvalidData(f"{path} can't be found; expected a .tar shard, a table or an image folder. Check the path.")
+        raise InvalidData(
+            f"{path} can't be found; expected a .tar shard, a table, an image folder or a .zip file. Check the path."
+        )
     if path.is_dir():
         files, _ = walk(path)
         inside = sorted(path.joinpath(*f) for f in files if f[-1].lower().endswith((".tar", *TABLES)))
         return inside or [path]
     if path.suffix.lower() not in (".tar", *TABLES):
         raise InvalidData(
-            f"{path} can't be read; expected an uncompressed .tar shard, a .csv, a .tsv or a folder. Unpack it first."
+            f"{path} can't be read; expected an uncompressed .tar shard, a .csv, a .tsv, a .zip or a folder. "
+            "Unpack it first."
         )
     return [path]
+
+
+def _zipped(path: Path) -> tuple[Path, Parts] | None:
+    """The zip file that `path` is or lies in, and the folder in there."""
+    for at in (path, *path.parents):
+        if at.suffix.lower() == ".zip" and at.is_file():
+            return at, path.relative_to(at).parts
+    return None
 
 
 def _short_names(paths: Sequence[Path]) -> dict[Path, str]:
@@ -197,8 +242,7 @@ def _short_names(paths: Sequence[Path]) -> dict[Path, str]:
     todo = list(paths)
     depth = 1
     while todo:
-        tried = {path: "/".join(path.with_suffix("").parts[-depth:] if path.is_file() else path.parts[-depth:])
-                 for path in todo}  # fmt: skip
+        tried = {path: _tail(path, depth) for path in todo}
         often = Counter(tried.values())
         done = [path for path in todo if often[tried[path]] == 1 or depth > len(path.parts)]
         names |= {path: tried[path] if depth <= len(path.parts) else path.as_posix() for path in done}
@@ -207,7 +251,16 @@ def _short_names(paths: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
+def _tail(path: Path, depth: int) -> str:
+    """The last `depth` parts of a path; of a folder in a zip file, those of the file and all that follow."""
+    file, inner = _zipped(path) or (path, ())
+    return "/".join((*(file.with_suffix("") if file.is_file() else file).parts[-depth:], *inner))
+
+
 def _source(name: str, path: Path, config: PairsConfig) -> Source:
+    if zipped := _zipped(path):
+        file, inner = zipped
+        return Source(name=name, path=file, samples=lambda: _zip(name, file, inner))
     if path.is_dir():
         return Source(name=name, path=path, samples=lambda: _folder(name, path))
     if path.suffix.lower() in TABLES:
@@ -237,6 +290,21 @@ def _folder(name: str, path: Path) -> tuple[list[Sample], Counter[str]]:
             samples.append(Sample("/".join((name, *parts)), Blob(path.joinpath(*parts), ""), captions=captions))
     if not samples:
         raise InvalidData(f"{path} holds no .jpg, .png or .webp image, shard or table; expected class/file.jpg.")
+    return samples, Counter()
+
+
+def _zip(name: str, path: Path, inner: Parts) -> tuple[list[Sample], Counter[str]]:
+    """As `_folder`, of what lies in the folder `inner` of a zip file."""
+    archive = open_zip(path)
+    samples = []
+    for parts in sorted(archive.files):
+        if parts[: len(inner)] == inner and parts[-1].lower().endswith(SUFFIXES):
+            captions = (clean(parts[-2]),) if len(parts) > len(inner) + 1 else ()
+            key = "/".join((name, *parts[len(inner) :]))
+            samples.append(Sample(key, Member(archive, parts), captions=captions))
+    if not samples:
+        there = "/".join((str(path), *inner))
+        raise InvalidData(f"{there} holds no .jpg, .png or .webp image; expected class/file.jpg in there.")
     return samples, Counter()
 
 
@@ -305,21 +373,17 @@ def plan(sources: Iterable[Source], size: int, stamp: str) -> Iterator[Part]:
         place = (stamp, str(source.path), source.path.stat().st_mtime_ns)
         for start in range(0, len(samples), size):
             mine = samples[start : start + size]
-            content = _digest([[s.key, [_about(b) for b in (s.image, *s.texts)], s.captions] for s in mine])
+            content = digest([[s.key, [b and b.content for b in (s.image, *s.texts)], s.captions] for s in mine])
             yield Part(
                 source=source,
                 start=start,
                 stop=start + len(mine),
-                file=f"{number:06d}-{start:08d}-{_digest([place, content])}.safetensors",
+                file=f"{number:06d}-{start:08d}-{digest([place, content])}.safetensors",
                 content=content,
             )
 
 
-def _about(blob: Blob | None) -> object:
-    return None if blob is None else [blob.suffix, blob.offset, blob.size]
-
-
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]
 
 
@@ -344,7 +408,7 @@ class _Worker:
         """Compute `parts` that follow each other in row order, telling `done` how many samples were seen."""
         with ThreadPoolExecutor(self.threads) as pool:
             try:
-                opened = ahead(pool, self._open, _samples(parts), AHEAD)
+                opened = ahead(pool, self._open, samples_of(parts), AHEAD)
                 for part in parts:
                     self._part(part, islice(opened, part.stop - part.start), done)
             finally:
@@ -417,7 +481,7 @@ class _Worker:
         return array
 
 
-def _samples(parts: Sequence[Part]) -> Iterator[Sample]:
+def samples_of(parts: Sequence[Part]) -> Iterator[Sample]:
     """The samples of parts, a source being indexed once."""
     current: Source | None = None
     samples: list[Sample] = []
@@ -472,12 +536,12 @@ def build(config: PairsConfig, console: Console, backbone: Backbone | None = Non
     out = config.out.expanduser()
     parts = list(plan(sources, config.part, _stamp(backbone)))
     asked = [config.least, config.phrases, config.phrase_rows, config.seed]
-    made_from = _digest([[part.content for part in parts], asked])
+    made_from = digest([[part.content for part in parts], asked])
     if not parts:
         raise InvalidData(
             f"{some(s.path for s in sources)}: no images with captions there; expected key.jpg + key.txt."
         )
-    header = _started(out, backbone, made_from)
+    header = started(out, backbone, made_from)
     if header is not None:
         shutil.rmtree(out / PARTS, ignore_errors=True)
         console.print(f"{out} is complete already.", markup=False, highlight=False, soft_wrap=True)
@@ -486,10 +550,10 @@ def build(config: PairsConfig, console: Console, backbone: Backbone | None = Non
     if rank == 0:
         opened = {"format": FORMAT, "fingerprint": backbone.fingerprint, "model": backbone.name, "complete": False}
         with beside(out / HEADER) as file:
-            file.write(_json(opened))
+            file.write(json_line(opened))
     worker = _Worker(backbone, out / PARTS, config.workers)
     mine = parts[rank::world]
-    with _Meter(console, "features", "images") as meter:
+    with Meter(console, "features", "images") as meter:
         todo = [part for part in mine if not (out / PARTS / part.file).is_file()]
         total, left = (sum(part.stop - part.start for part in some_) for some_ in (mine, todo))
         meter.begin(total, total - left)
@@ -500,12 +564,12 @@ def build(config: PairsConfig, console: Console, backbone: Backbone | None = Non
     if rank != 0:
         return None
     if world > 1:
-        with _Meter(console, "parts of all processes", "parts") as meter:
-            _wait(out / PARTS, parts, meter)
+        with Meter(console, "parts of all processes", "parts") as meter:
+            await_parts(out / PARTS, parts, meter)
     return _finish(out, worker, parts, sources, config, console, made_from)
 
 
-def _started(out: Path, backbone: Backbone, made_from: str) -> dict[str, Any] | None:
+def started(out: Path, backbone: Backbone, made_from: str) -> dict[str, Any] | None:
     """The header of a complete cache of the same data; None where there is work to do. Anything else is refused."""
     try:
         header = json.loads((out / HEADER).read_bytes())
@@ -529,7 +593,7 @@ def _started(out: Path, backbone: Backbone, made_from: str) -> dict[str, Any] | 
     return header  # type: ignore[no-any-return]  # parsed JSON, checked above
 
 
-def _wait(folder: Path, parts: Sequence[Part], meter: _Meter) -> None:
+def await_parts(folder: Path, parts: Sequence[Part], meter: Meter) -> None:
     """Until the parts of all ranks are there; raises InvalidData when none comes for `PATIENCE_S`."""
     missing = {part.file for part in parts}
     meter.begin(len(missing), 0)
@@ -568,11 +632,11 @@ def _finish(
     pairs = captions = 0
     with beside(out / "image.f32") as image, beside(out / "caption.f32") as caption, beside(out / "keys.jsonl") as keys:
         for part in parts:
-            arrays, about = _read(out / PARTS / part.file)
+            arrays, about = read_part(out / PARTS / part.file)
             image.write(arrays["image"].astype("<f4").tobytes())
             caption.write(arrays["caption"].astype("<f4").tobytes())
             for row in json.loads(about["rows"]):
-                keys.write(_json(row))
+                keys.write(json_line(row))
                 pairs, captions = pairs + 1, captions + len(row["captions"])
             skipped.update(json.loads(about["skipped"]))
     if not pairs:
@@ -582,20 +646,20 @@ def _finish(
         )
     found = phrases.frequent(_lines(out), config.least, config.phrases)
     located = phrases.located(_lines(out), found, config.phrase_rows, config.seed)
-    with _Meter(console, "phrases", "texts") as meter, beside(out / "phrase.f32") as file:
+    with Meter(console, "phrases", "texts") as meter, beside(out / "phrase.f32") as file:
         meter.begin(len(located), 0)
         for start in range(0, len(located), TEXTS):
             texts = [phrase.text for phrase in located[start : start + TEXTS]]
-            path = out / PARTS / f"phrases-{start:06d}-{_digest([worker.stamp, texts])}.safetensors"
+            path = out / PARTS / f"phrases-{start:06d}-{digest([worker.stamp, texts])}.safetensors"
             if not path.is_file():
                 with beside(path) as one:
                     one.write(worker.phrases(texts))
-            file.write(_read(path)[0]["phrase"].astype("<f4").tobytes())
+            file.write(read_part(path)[0]["phrase"].astype("<f4").tobytes())
             meter.advance(len(texts))
     with beside(out / "phrases.jsonl") as file:
-        file.writelines(_json({"phrase": p.text, "count": p.count}) for p in located)
+        file.writelines(json_line({"phrase": p.text, "count": p.count}) for p in located)
     with beside(out / "phrase_rows.jsonl") as file:
-        file.writelines(_json(p.rows) for p in located)
+        file.writelines(json_line(p.rows) for p in located)
     header = {
         "format": FORMAT,
         "fingerprint": worker.backbone.fingerprint,
@@ -613,12 +677,12 @@ def _finish(
         "complete": True,
     }
     with beside(out / HEADER) as file:
-        file.write(_json(header))
+        file.write(json_line(header))
     shutil.rmtree(out / PARTS, ignore_errors=True)
     return header
 
 
-def _read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+def read_part(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """Arrays and notes of one part; a damaged one is removed, so that the next run makes it again."""
     try:
         with safe_open(path, "np") as file:
@@ -637,7 +701,7 @@ def _lines(out: Path) -> Iterator[list[str]]:
             yield json.loads(line)["captions"]
 
 
-def _json(value: object) -> bytes:
+def json_line(value: object) -> bytes:
     """One line of ASCII: file names may hold bytes that are no text."""
     return json.dumps(value).encode("ascii") + b"\n"
 
@@ -650,7 +714,7 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s")
 
 
-class _Meter:
+class Meter:
     """A progress bar with rate and time left; without a terminal, a line now and then."""
 
     def __init__(self, console: Console, label: str, unit: str) -> None:
@@ -659,7 +723,7 @@ class _Meter:
                    TimeRemainingColumn())  # fmt: skip
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
-    def __enter__(self) -> _Meter:
+    def __enter__(self) -> Meter:
         self.bar.start()
         return self
 

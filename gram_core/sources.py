@@ -12,9 +12,11 @@ import os
 import re
 import tarfile
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from gram_core.errors import InvalidData
@@ -73,6 +75,43 @@ def walk(root: Path) -> tuple[list[Parts], list[Parts]]:
                         folders.append(path)
                         todo.append((path, above))
     return files, folders
+
+
+@dataclass(frozen=True, eq=False)
+class Archive:
+    """A zip file, which stays open as long as something reads from it; its members by their path, without clutter."""
+
+    path: Path
+    file: zipfile.ZipFile
+    members: Mapping[Parts, zipfile.ZipInfo]
+
+    @property
+    def files(self) -> list[Parts]:
+        return [parts for parts, member in self.members.items() if not member.is_dir()]
+
+    @property
+    def folders(self) -> set[Parts]:
+        """Every folder, whether or not it is a member of its own."""
+        return {p[:i] for p, member in self.members.items() for i in range(1, len(p) + member.is_dir())}
+
+    def read(self, parts: Parts, limit: int | None = None) -> bytes:
+        """The bytes of a file, no more than `limit` of them, from any thread; OSError where they can't be had."""
+        try:
+            with self.file.open(self.members[parts]) as member:
+                return member.read(-1 if limit is None else limit)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise OSError(f"{self.path}: {'/'.join(parts)} can't be read: {error}") from error
+
+
+def open_zip(path: Path) -> Archive:
+    """Raises InvalidData for what is no zip file, or one with a password."""
+    with reading(path, "a zip file of class folders"):
+        file = zipfile.ZipFile(path)
+    members = {tuple(m.filename.replace("\\", "/").strip("/").split("/")): m for m in file.infolist()}
+    archive = Archive(path, file, {parts: member for parts, member in members.items() if not clutter(parts)})
+    if any(archive.members[parts].flag_bits & 1 for parts in archive.files):
+        raise InvalidData(f"{path} asks for a password; expected a plain zip file. Unpack it and give the folder.")
+    return archive
 
 
 def expand(pattern: str) -> list[str]:

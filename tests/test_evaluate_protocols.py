@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from gram_core.draws import Indices
 from gram_core.errors import InvalidConfig
-from gram_core.evaluate.protocols import BATCH_KINDS, STREAM_KINDS, Indices, Protocol, draw, protocols, skew
+from gram_core.evaluate.protocols import BATCH_KINDS, STREAM_KINDS, Protocol, draw, protocols, skew
 
 K, EACH = 8, 100
 LABELS = np.repeat(np.arange(K), EACH)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gram_core.evaluate.protocols import Indices
+from gram_core.draws import Indices
 from gram_core.evaluate.readout import (
     BLOCK,
     BySkew,

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,13 @@ def shard(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def zipped(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(name, content)
     return path
 
 
@@ -179,6 +187,47 @@ def test_image_folders_take_the_folders_name_as_caption(tiny: Backbone, tmp_path
     assert header["skipped"] == {"no_captions": 1}
 
 
+def test_a_zip_of_class_folders_is_read_like_the_folder_and_so_is_a_folder_in_it(
+    tiny: Backbone, tmp_path: Path
+) -> None:
+    inside = {
+        "train/red_fox/0.jpg": picture(0),
+        "val/n01443537-goldfish/1.jpg": picture(1),
+        "val/n01443537-goldfish/2.png": picture(2, "PNG"),
+        "val/n01443537-goldfish/notes.txt": b"no image",
+        "val/cat/broken.jpg": b"no image either",
+        "__MACOSX/val/cat/._3.jpg": b"clutter",
+    }
+    data = zipped(tmp_path / "set.zip", inside)
+    for name, content_ in inside.items():
+        path = tmp_path / "set" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content_)
+    header = made(tmp_path / "whole", tiny, data)
+    assert header == made(tmp_path / "folder", tiny, tmp_path / "set") | {"made_from": header["made_from"]}
+    for name in set(FILES) - {"header.json"}:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "folder" / name).read_bytes()
+    assert header["skipped"] == {"unsupported_image_format": 1}
+    header = made(tmp_path / "out", tiny, data / "val")
+    assert [(row["key"], row["captions"]) for row in rows(tmp_path / "out")] == [
+        ("set/val/n01443537-goldfish/1.jpg", ["goldfish"]),
+        ("set/val/n01443537-goldfish/2.png", ["goldfish"]),
+    ]
+    with pytest.raises(InvalidData, match=r"set.zip/val lies in .*set.zip, which is named as well"):
+        made(tmp_path / "both", tiny, data, data / "val")
+    header = made(tmp_path / "parts", tiny, data / "val", data / "train")
+    assert {row["key"] for row in rows(tmp_path / "parts")} == {row["key"] for row in rows(tmp_path / "whole")}
+
+
+def test_a_damaged_member_of_a_zip_is_counted_and_left_out(tiny: Backbone, tmp_path: Path) -> None:
+    data = zipped(tmp_path / "set.zip", {f"cat/{i}.jpg": picture(i) for i in range(3)})
+    whole = bytearray(data.read_bytes())
+    whole[150:400] = bytes(250)  # in the middle of the first member
+    data.write_bytes(whole)
+    header = made(tmp_path / "out", tiny, data)
+    assert (header["pairs"], header["skipped"]) == (2, {"unreadable_file": 1})
+
+
 def test_keys_and_bytes_do_not_depend_on_the_order_of_the_arguments(tiny: Backbone, tmp_path: Path) -> None:
     a, b = simple(tmp_path / "x" / "0.tar", 3), simple(tmp_path / "y" / "0.tar", 3, first=7)
     c = simple(tmp_path / "y" / "1.tar", 2)
@@ -253,13 +302,18 @@ def test_missing_and_unreadable_data_is_an_error_in_words(tiny: Backbone, tmp_pa
     (tmp_path / "bad.tar").write_bytes(b"this is not a tar file" * 99)
     (tmp_path / "none.tar").write_bytes(b"")
     (tmp_path / "z.zip").write_bytes(b"PK")
+    (tmp_path / "z.7z").write_bytes(b"7z")
+    zipped(tmp_path / "loose.zip", {"notes.txt": b"no images"})
     (tmp_path / "bin.csv").write_bytes(b"image,caption\n\xff\xfe\n")
     (tmp_path / "empty").mkdir()
     for name, words in {
         "gone.tar": "can't be found",
         "bad.tar": "expected an uncompressed .tar shard",
         "none.tar": "expected an uncompressed .tar shard",
-        "z.zip": "Unpack it first",
+        "z.zip": "expected a zip file of class folders",
+        "z.7z": "Unpack it first",
+        "loose.zip": "holds no .jpg",
+        "loose.zip/val": "loose.zip/val holds no .jpg",
         "bin.csv": "in UTF-8",
         "empty": "holds no .jpg",
     }.items():

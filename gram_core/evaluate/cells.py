@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 import gram_core
+from gram_core.draws import Indices
 from gram_core.evaluate.cost import wait
 from gram_core.evaluate.features import Features, Views
 from gram_core.evaluate.methods import Method, Scene, settings_of
-from gram_core.evaluate.protocols import Indices, Protocol, draw
+from gram_core.evaluate.protocols import Protocol, draw
 from gram_core.evaluate.readout import Drawn, Given
 from gram_core.evaluate.store import Store, key_of
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import zipfile
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,9 +24,9 @@ from gram_core.sources import (
     SUFFIXES,
     TABLES,
     Parts,
-    clutter,
     expand,
     index_shard,
+    open_zip,
     read_at,
     read_table,
     reading,
@@ -156,22 +154,8 @@ def image_paths(folder: Path) -> list[str]:
 
 
 def _zip(path: Path) -> _Tree:
-    with reading(path, "a zip file of class folders"):
-        archive = zipfile.ZipFile(path)  # stays open as long as a set reads from it
-    members = {tuple(m.filename.replace("\\", "/").strip("/").split("/")): m for m in archive.infolist()}
-    members = {parts: member for parts, member in members.items() if not clutter(parts)}
-    files = [parts for parts, member in members.items() if not member.is_dir()]
-    if any(members[parts].flag_bits & 1 for parts in files):
-        raise InvalidData(f"{path} asks for a password; expected a plain zip file. Unpack it and give the folder.")
-    by_key = {"/".join(parts): members[parts] for parts in files}
-
-    def read(key: str) -> bytes:
-        try:
-            return archive.read(by_key[key])
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise OSError(f"{path}: {key} can't be read: {error}") from error
-
-    return _tree(files, {p[:i] for p in members for i in range(1, len(p) + members[p].is_dir())}, read)
+    archive = open_zip(path)
+    return _tree(archive.files, archive.folders, lambda key: archive.read(tuple(key.split("/"))))
 
 
 @dataclass(frozen=True, kw_only=True)

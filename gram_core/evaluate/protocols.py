@@ -9,16 +9,13 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from gram_core.draws import KINDS, Indices, consecutive, one_after_another, request, some
 from gram_core.errors import InvalidConfig
 
-Indices = NDArray[np.int64]
-
-BATCH_KINDS = ("iid", "imbalanced", "sorted", "single", "effective-1-4", "effective-2-10", "effective-5-25")
+BATCH_KINDS = (*KINDS, "effective-1-4", "effective-2-10", "effective-5-25")
 STREAM_KINDS = ("shuffled", "correlated", "sorted")
 EFFECTIVE_SIZE = 64  # StatA's protocol has one size of small batches
-SHARES = 0.3  # Dirichlet concentration of the class shares of an imbalanced request
 CORRELATION = 0.01  # Dirichlet concentration of a class over the slots of a correlated stream (StatA's "medium")
 EFFECTIVE = re.compile(r"effective-(\d+)-(\d+)")
 
@@ -50,7 +47,7 @@ def protocols(names: tuple[str, ...], kinds: tuple[str, ...], sizes: tuple[int, 
                     raise InvalidConfig(
                         f"{kind} is no range of classes; expected effective-LOW-HIGH, 1 <= LOW <= HIGH."
                     )
-                made += [Protocol("batch", kind, s) for s in sizes if kind in BATCH_KINDS[:4] or s == EFFECTIVE_SIZE]
+                made += [Protocol("batch", kind, s) for s in sizes if kind in KINDS or s == EFFECTIVE_SIZE]
         elif name == "stream":
             made += [Protocol("stream", kind, stream) for kind in STREAM_KINDS]
         else:
@@ -77,53 +74,26 @@ def draw(protocol: Protocol, labels: Indices, classes: int, *, count: int, seed:
         order = _stream(protocol.kind, own, len(labels), protocol.size, rng)
         return [order[at : at + protocol.size] for at in range(0, len(order), protocol.size)]
     if protocol.kind == "sorted":
-        return _consecutive(own, protocol.size, count, rng)
-    return [_request(protocol.kind, own, protocol.size, rng) for _ in range(count)]
+        return consecutive(own, protocol.size, count, rng)
+    drawn = request if protocol.kind in KINDS else _effective
+    return [drawn(protocol.kind, own, protocol.size, rng) for _ in range(count)]
 
 
-def _request(kind: str, own: list[Indices], size: int, rng: np.random.Generator) -> Indices:
-    """One request. Where a class or the set has too few images the request is shorter; none is repeated."""
-    everything = np.concatenate(own)
-    if kind == "iid":
-        return _some(everything, size, rng)
-    if kind == "single":
-        return _some(own[int(rng.integers(len(own)))], size, rng)
-    if kind == "imbalanced":
-        wanted = rng.multinomial(size, rng.dirichlet(np.full(len(own), SHARES)))
-        taken = [_some(images, int(n), rng) for images, n in zip(own, wanted, strict=True) if n]
-        return rng.permutation(np.concatenate(taken))
+def _effective(kind: str, own: list[Indices], size: int, rng: np.random.Generator) -> Indices:
+    """One request of the images of a few classes; how many is uniform in the range that `kind` names."""
     match = EFFECTIVE.fullmatch(kind)
     assert match
     low, high = int(match[1]), int(match[2])
     effective = min(int(rng.integers(low, high + 1)), len(own))
     pool = np.concatenate([own[int(c)] for c in rng.permutation(len(own))[:effective]])
-    return _some(pool, size, rng)
-
-
-def _some(images: Indices, size: int, rng: np.random.Generator) -> Indices:
-    return rng.permutation(images)[:size]
-
-
-def _consecutive(own: list[Indices], size: int, count: int, rng: np.random.Generator) -> list[Indices]:
-    """Requests cut from streams that show one class after another; each stream has its own order and offset."""
-    made: list[Indices] = []
-    while len(made) < count:
-        stream = _one_after_another(own, rng)
-        size = min(size, len(stream))
-        starts = range(int(rng.integers(min(size, len(stream) - size + 1))), len(stream) - size + 1, size)
-        made += [stream[at : at + size] for at in starts]
-    return [made[int(i)] for i in rng.permutation(len(made))[:count]]
-
-
-def _one_after_another(own: list[Indices], rng: np.random.Generator) -> Indices:
-    return np.concatenate([rng.permutation(own[int(c)]) for c in rng.permutation(len(own))])
+    return some(pool, size, rng)
 
 
 def _stream(kind: str, own: list[Indices], total: int, size: int, rng: np.random.Generator) -> Indices:
     if kind == "shuffled":
         return rng.permutation(np.concatenate(own))
     if kind == "sorted":
-        return _one_after_another(own, rng)
+        return one_after_another(own, rng)
     # every class spreads over the slots by its own Dirichlet draw; slots are shuffled inside (StatA's streams)
     slots = max(1, min(total // size, len(own)))
     pieces: list[list[Indices]] = [[] for _ in range(slots)]

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gram_core.draws import Indices
 from gram_core.evaluate.labelled import LabelledSet
-from gram_core.evaluate.protocols import Indices, skew
+from gram_core.evaluate.protocols import skew
 
 Floats = NDArray[np.float64]
 Diagram = list[dict[str, float]]
