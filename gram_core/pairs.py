@@ -387,7 +387,7 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]
 
 
-def _stamp(backbone: Backbone) -> str:
+def stamp_of(backbone: Backbone) -> str:
     """What the bits of a feature depend on besides its input."""
     return f"{FORMAT}/{backbone.fingerprint}/{backbone.device.type}/{backbone.dtype}"
 
@@ -395,13 +395,13 @@ def _stamp(backbone: Backbone) -> str:
 class _Worker:
     """Turns parts into files: reading and decoding in threads, ahead of the towers."""
 
-    def __init__(self, backbone: Backbone, folder: Path, threads: int) -> None:
+    def __init__(self, backbone: Backbone, folder: Path, workers: int) -> None:
         self.backbone = backbone
-        self.stamp = _stamp(backbone)
+        self.stamp = stamp_of(backbone)
         self.texts = TextEncoder(backbone)
         self.folder = folder
         self.limits = ImageLimits()
-        self.threads = threads or min(16, os.cpu_count() or 1)
+        self.threads = threads(workers)
         self.took: Counter[str] = Counter()  # milliseconds in each tower
 
     def run(self, parts: Sequence[Part], done: Callable[[int], None]) -> None:
@@ -470,15 +470,23 @@ class _Worker:
         self.took[tower] += round((time.perf_counter() - started) * 1000)
 
     def _checked(self, features: Tensor, what: Sequence[str]) -> Array:
-        """Features as an array; raises InvalidData where they aren't unit vectors."""
-        array: Array = features.float().cpu().numpy()
-        bad = np.flatnonzero(~(np.abs(np.linalg.norm(array, axis=1) - 1) < 1e-2))  # NaN compares as false
-        if len(bad):
-            raise InvalidData(
-                f"model {self.backbone.name!r} gives NaN or empty features for {len(bad)} of {len(what)} inputs, the "
-                f"first is {what[bad[0]]!r}. Its weights are damaged, or bf16 is too coarse: try --precision fp32."
-            )
-        return array
+        return checked(features.float().cpu().numpy(), what, self.backbone.name)
+
+
+def checked(features: Array, what: Sequence[str], model: str) -> Array:
+    """The features (n, D) of n inputs; raises InvalidData where they aren't unit vectors."""
+    bad = np.flatnonzero(~(np.abs(np.linalg.norm(features, axis=1) - 1) < 1e-2))  # NaN compares as false
+    if len(bad):
+        raise InvalidData(
+            f"model {model!r} gives NaN or empty features for {len(bad)} of {len(what)} inputs, the first is "
+            f"{what[bad[0]]!r}. Its weights are damaged, or bf16 is too coarse: try --precision fp32."
+        )
+    return features
+
+
+def threads(workers: int) -> int:
+    """How many threads read and decode; 0 asks for one per core, at most 16."""
+    return workers or min(16, os.cpu_count() or 1)
 
 
 def samples_of(parts: Sequence[Part]) -> Iterator[Sample]:
@@ -534,7 +542,7 @@ def build(config: PairsConfig, console: Console, backbone: Backbone | None = Non
             config.model, device=config.device, precision=config.precision, model_dir=config.model_dir
         )
     out = config.out.expanduser()
-    parts = list(plan(sources, config.part, _stamp(backbone)))
+    parts = list(plan(sources, config.part, stamp_of(backbone)))
     asked = [config.least, config.phrases, config.phrase_rows, config.seed]
     made_from = digest([[part.content for part in parts], asked])
     if not parts:
