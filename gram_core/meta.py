@@ -14,24 +14,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, distributed
+from torch.nn import functional as F
 
+from gram_core import objectives
+from gram_core.adapt import UPDATES, Loss, Regulate, adapt, of
 from gram_core.config import option
+from gram_core.episodes import SUPERVISED, Episode
 from gram_core.errors import InvalidConfig, InvalidData, TrainingDiverged
 from gram_core.pairs import Meter, beside
+from gram_core.prompts.residual import shifted
+from gram_core.regulators import REGULATORS, Context, Regulator, bind
 from gram_core.types import Params
 
 STATE, FORMAT = "state.safetensors", 1
 SURE = 1.96  # standard errors either side of a mean: 95 %
 
-Metrics = dict[str, float]
-Interval = list[float]
+Metrics: TypeAlias = dict[str, float]
+Interval: TypeAlias = list[float]
 """Mean, half the width of its 95 % interval, and the number of episodes behind it."""
 
 E_co = TypeVar("E_co", covariant=True)
@@ -72,9 +78,10 @@ class MetaConfig:
     validate_every: int = option(250, "steps between looks at the held-out themes")
     validate_episodes: int = option(64, "episodes of each look")
     keep_every: int = option(50, "steps after which the state is kept: what a killed run loses at most")
+    seed: int = option(0, "seed of the weights that training starts from")
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "episodes": 1, "validate_every": 1, "validate_episodes": 0, "keep_every": 1}
+        least = {"steps": 1, "episodes": 1, "validate_every": 1, "validate_episodes": 0, "keep_every": 1, "seed": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise InvalidConfig(f"{name} is {getattr(self, name)}; it must be at least {low}.")
@@ -294,6 +301,157 @@ def _digest(tensors: Params) -> str:
     return digest.hexdigest()
 
 
+# ---- a learner ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    """What is learned, and the inner loop that it is learned for."""
+
+    regulator: str = option("gram", "gradient regulator: a name in gram_core.regulators")
+    steps: int = option(20, "inner steps")
+    lr: float = option(2e-4, "inner step size")
+    update: str = option("rms", "inner step rule: a name in gram_core.adapt")
+    root: bool = option(True, "rehearse the root prototype in the joint loss")
+    rank: int = option(16, "rank of the start's map")
+    start_rate: float = option(1e-3, "learning rate of the start")
+    regulator_rate: float = option(1e-4, "learning rate of the regulator")
+
+    def __post_init__(self) -> None:
+        for name, known in (("regulator", REGULATORS), ("update", UPDATES)):
+            if getattr(self, name) not in known:
+                raise InvalidConfig(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}.")
+        if self.steps < 0 or self.rank < 1:
+            raise InvalidConfig(f"steps is {self.steps} and rank {self.rank}; give >= 0 and >= 1.")
+        if min(self.lr, self.start_rate, self.regulator_rate) < 0:
+            raise InvalidConfig("lr, start_rate and regulator_rate must be at least 0.")
+
+
+Asked: TypeAlias = tuple[str, Tensor, Tensor, Tensor]
+"""A part of the outer loss: its name, tuned and zero-shot logits (n, K), labels (n,)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ResidualLearner:
+    """The residual host: where a tuning starts, and the regulator of its gradients (docs/method.md).
+
+    The start is a low-rank map of the class's own text feature, z_c = U V^T t_c, which knows no class list; U = 0 at
+    first. Simulated requests are tuned on the joint loss with rehearsal, supervised tasks on cross-entropy. Outer
+    loss: half the cross-entropy of the tuned images themselves, half that of the queries; of queries alone where the
+    labels were tuned on. A query with other names has no tuned residual: it asks the start.
+
+    Args:
+        texts: (N, D) features of `episodes.Tasks.names`; root: (D,) the root prototype, or None; scale: CLIP's.
+    """
+
+    texts: Tensor
+    root: Tensor | None
+    scale: float
+    config: LearnerConfig
+
+    @property
+    def regulator(self) -> Regulator:
+        return REGULATORS[self.config.regulator]
+
+    def init(self, generator: torch.Generator) -> Params:
+        width = self.texts.shape[-1]
+        rank = min(self.config.rank, width)
+        made = self.regulator.init({"residual": (None, width)}, generator)
+        start = {
+            "start.u": torch.zeros(1, width, rank),
+            "start.v": torch.linalg.qr(torch.randn(width, rank, generator=generator)).Q[None].contiguous(),
+        }
+        weights = start | {f"regulator.{name}": w for name, w in made.items()}
+        return {name: w.to(self.texts.device) for name, w in weights.items()}
+
+    def groups(self) -> Mapping[str, float]:
+        return {"start": self.config.start_rate, "regulator": self.config.regulator_rate}
+
+    def loss(self, params: Params, episode: Episode) -> tuple[Tensor, Metrics]:
+        return self._outer(episode, list(self._asked(params, episode)))
+
+    def measure(self, params: Params, episode: Episode) -> Metrics:
+        """Cross-entropy and accuracy (points over zero-shot) of each part, and how much nearer the regulated gradient
+        is to that of the cross-domain query: cos(psi(g_S), g_Q) - cos(g_S, g_Q)."""
+        asked = list(self._asked(params, episode))
+        loss, metrics = self._outer(episode, asked)
+        metrics = {"loss": float(loss.detach()), **metrics}
+        for name, tuned, zero_shot, labels in asked:
+            right = [float((logits.argmax(-1) == labels).double().mean()) for logits in (tuned, zero_shot)]
+            metrics[f"{name} gain"] = 100 * (right[0] - right[1])
+        query = next((query for query in episode.queries if query.gap == "mode"), None)
+        if query is not None:
+            base = self._texts(episode.classes)
+            start = self._start(params, base)
+            plain = of(self._inner(base, episode))(start)
+            turned = self._regulate(params, episode)(plain)["residual"]
+            features, labels = query.features.to(base), query.labels.to(base.device)
+            across = of(lambda p: F.cross_entropy(self._logits(base, p, features), labels))(start)["residual"]
+            pair = [F.cosine_similarity(g.flatten(), across.flatten(), dim=0) for g in (turned, plain["residual"])]
+            metrics["cosine"] = float(pair[0] - pair[1])
+        return metrics
+
+    def _asked(self, params: Params, episode: Episode) -> Iterator[Asked]:
+        base = self._texts(episode.classes)
+        start = self._start(params, base)
+        tuned = adapt(
+            of(self._inner(base, episode)),
+            start,
+            regulate=self._regulate(params, episode),
+            update=UPDATES[self.config.update],
+            lr=self.config.lr,
+            steps=self.config.steps,
+        )
+        parts = [("support", episode.support[:, 0], episode.support_labels, base, tuned)]
+        for query in episode.queries:
+            texts = self._texts(query.classes)
+            mine = tuned if query.gap != "branch" else self._start(params, texts)
+            parts.append((query.gap, query.features, query.labels, texts, mine))
+        for name, features, labels, texts, mine in parts:
+            x = features.to(texts)
+            yield name, self._logits(texts, mine, x), self.scale * x @ texts.T, labels.to(texts.device)
+
+    def _outer(self, episode: Episode, asked: Sequence[Asked]) -> tuple[Tensor, Metrics]:
+        losses = {name: F.cross_entropy(tuned, labels) for name, tuned, _, labels in asked}
+        own, gaps = losses["support"], [loss for name, loss in losses.items() if name != "support"]
+        total = torch.stack(gaps).mean() if gaps else own
+        if gaps and episode.kind != SUPERVISED:
+            total = 0.5 * (own + total)
+        return total, {name: float(loss.detach()) for name, loss in losses.items()}
+
+    def _texts(self, classes: Tensor) -> Tensor:
+        return self.texts[classes.to(self.texts.device)]
+
+    def _start(self, params: Params, base: Tensor) -> Params:
+        return {"residual": base @ params["start.v"] @ params["start.u"].mT}
+
+    def _logits(self, base: Tensor, params: Params, features: Tensor) -> Tensor:
+        """(n, K) of features (n, D)."""
+        return self.scale * features @ shifted(base, params["residual"])[0].T
+
+    def _regulate(self, params: Params, episode: Episode) -> Regulate:
+        weights = {key.removeprefix("regulator."): w for key, w in params.items() if key.startswith("regulator.")}
+        return bind(self.regulator, weights, Context(images=float(len(episode.support))))
+
+    def _inner(self, base: Tensor, episode: Episode) -> Loss:
+        """The inner loss (1,) of a residual."""
+        support = episode.support.to(base)
+        b, v, d = support.shape
+        seen = support.reshape(b * v, d)
+        if episode.kind == SUPERVISED:
+            labels = episode.support_labels.to(base.device).repeat_interleave(v)
+            return lambda p: F.cross_entropy(self._logits(base, p, seen), labels)[None]
+        rho = objectives.rehearsal_weight((self.scale * seen @ base.T).softmax(-1).mean(0, keepdim=True), b)
+        root = self.root if self.config.root else None
+
+        def loss(p: Params) -> Tensor:
+            texts = shifted(base, p["residual"])
+            logits = self.scale * (seen @ texts.mT).reshape(1, b, v, -1)
+            return objectives.infomax(logits, None if root is None else self.scale * root @ texts.mT, rho)
+
+        return loss
+
+
 # ---- the whole ---------------------------------------------------------------------------------------------------
 
 
@@ -304,19 +462,18 @@ def train(
     config: MetaConfig,
     folder: Path,
     *,
-    seed: int,
     made_from: str,
     console: Console,
 ) -> State:
     """Learn for `config.steps` steps, or go on from the state in `folder`; its end.
 
-    `made_from` names all that the outcome depends on besides `config` and `seed`: a state of something else is refused.
+    `made_from` names all that the outcome depends on besides `config`: a state of something else is refused.
     The outcome is that of an undisturbed run bit for bit, and, for equal numbers of threads, of any number of
     processes up to the last bit of a sum. Raises TrainingDiverged and InvalidData.
     """
     world = World.here()
     shaping = {name: value for name, value in vars(config).items() if name != "keep_every"}
-    made_from = hashlib.sha256(json.dumps([FORMAT, made_from, seed, shaping]).encode()).hexdigest()[:20]
+    made_from = hashlib.sha256(json.dumps([FORMAT, made_from, shaping]).encode()).hexdigest()[:20]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / STATE
     kept = load_state(path, made_from)
@@ -324,7 +481,7 @@ def train(
     begun = world.gather(step)
     if len(set(begun)) > 1:
         raise InvalidData(f"the processes stand at steps {begun}: {folder} must be one folder that all of them see.")
-    params = {name: p.clone() for name, p in sorted(learner.init(torch.Generator().manual_seed(seed)).items())}
+    params = {name: p.clone() for name, p in sorted(learner.init(torch.Generator().manual_seed(config.seed)).items())}
     if kept:
         params = {name: kept.params[name].to(p) for name, p in params.items()}
     for p in params.values():

@@ -109,7 +109,6 @@ def run(
         ToyTasks(seed=1),
         config(**changes),
         folder,
-        seed=0,
         made_from="the toy",
         console=console or quiet(),
     )
