@@ -57,12 +57,8 @@ class EpisodeConfig:
 
     def __post_init__(self) -> None:
         shares = ("unlabeled", "plain", "restyled", "mask_concepts", "mask_themes", "dropout")
-        each = {name: getattr(self, name) for name in shares} | {"branch": max((*self.branch, 0.0))}
-        each |= {
-            "mask_concepts + mask_themes": self.mask_concepts + self.mask_themes,
-            "lowest": min(self.branch, default=0),
-        }
-        for name, value in each.items():
+        each = [(name, getattr(self, name)) for name in shares] + [("branch", value) for value in self.branch]
+        for name, value in [*each, ("mask_concepts + mask_themes", self.mask_concepts + self.mask_themes)]:
             if not 0.0 <= value <= 1.0:
                 raise InvalidConfig(f"{name} is {value}; a probability lies between 0 and 1.")
         if not 0.0 < self.held_out < 1.0:
@@ -159,7 +155,8 @@ class Tasks:
         self.themes = self._side()
         self._concepts = {domain: self._of_themes(images) for domain, images in self._images.items()}
         self.domains = tuple(d for d, themes in self._concepts.items() if self._distinct(d, themes) >= SMALLEST_WAY)
-        self._bank_concept, self._bank_theme = (_ancestors(tree, bank.node, level) for level in (CONCEPT, THEME))
+        concept, self._bank_theme = (_ancestors(tree, bank.node, level) for level in (CONCEPT, THEME))
+        self._bank_class = np.array([self._class[tree.names[c]] if c >= 0 else -1 for c in concept.tolist()], np.int64)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -204,7 +201,8 @@ class Tasks:
         else:
             asked.append(self._restyled(domain, concepts, support, rng))
         new = self._chosen(domain, [*kept, *others], config.branch_way, rng, taken=concepts) if kept else []
-        if len(new) >= SMALLEST_WAY:
+        new = new if len(new) >= SMALLEST_WAY else []
+        if new:
             asked.append(("branch", domain, new, [self._images[domain][c] for c in new]))
         return Episode(
             index=index,
@@ -335,11 +333,9 @@ class Tasks:
 
         Concepts elsewhere that have the name of a masked one go with it; the root always stays.
         """
-        drawn, dropped = rng.random(), rng.random(len(self._bank_concept)) < self.config.dropout
+        drawn, dropped = rng.random(), rng.random(len(self._bank_class)) < self.config.dropout
         if drawn < self.config.mask_concepts + self.config.mask_themes:
-            names = set(self._names_of(concepts))
-            same = [int(c) for c in self.tree.nodes(CONCEPT) if self.tree.names[c] in names]
-            dropped |= np.isin(self._bank_concept, same)
+            dropped |= np.isin(self._bank_class, self._classes_of(concepts).numpy())
             if drawn >= self.config.mask_concepts:
                 dropped |= np.isin(self._bank_theme, self.tree.parent[list(concepts)])
         dropped[0] = False
@@ -349,16 +345,23 @@ class Tasks:
 
     def _side(self) -> tuple[int, ...]:
         """The themes of this side: a seeded split of those that have concepts to draw."""
-        usable = [int(t) for t in np.unique(self.tree.parent[list(self._images[PLAIN])])] if self._images[PLAIN] else []
-        order = [int(t) for t in np.random.default_rng([self.config.seed, len(usable)]).permutation(usable)]
-        names = {t: {self.tree.names[c] for c in self._images[PLAIN] if self.tree.parent[c] == t} for t in usable}
+        names: dict[int, set[str]] = {}
+        for concept in self._images[PLAIN]:
+            names.setdefault(int(self.tree.parent[concept]), set()).add(self.tree.names[concept])
+
+        def enough(themes: Iterable[int]) -> bool:
+            return len(set().union(*(names[t] for t in themes))) >= SMALLEST_WAY
+
+        order = np.random.default_rng([self.config.seed, len(names)]).permutation(sorted(names)).tolist()
         wanted = max(1, round(self.config.held_out * len(order)))
         held: list[int] = []
-        while order and (len(held) < wanted or len(set().union(*(names[t] for t in held))) < SMALLEST_WAY):
-            held.append(order.pop())
-        if len(set().union(*(names[t] for t in order))) < SMALLEST_WAY:
+        for theme in list(order):
+            rest = [t for t in order if t != theme]
+            if (len(held) < wanted or not enough(held)) and enough(rest):
+                held, order = [*held, theme], rest
+        if not enough(held) or not enough(order):
             raise InvalidData(
-                f"{len(self._images[PLAIN])} concepts in {len(usable)} themes have {self.config.least} unseen images; "
+                f"{len(self._images[PLAIN])} concepts in {len(names)} themes have {self.config.least} unseen images; "
                 "training and validation need two each, in different themes. Give more images that the towers were not "
                 "fitted on, or a tree of the pairs that they belong to."
             )

@@ -16,7 +16,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gram_core.errors import InvalidData
@@ -82,8 +82,8 @@ class Archive:
     """A zip file, which stays open as long as something reads from it; its members by their path, without clutter."""
 
     path: Path
-    file: zipfile.ZipFile
-    members: Mapping[Parts, zipfile.ZipInfo]
+    file: zipfile.ZipFile = field(repr=False)
+    members: Mapping[Parts, zipfile.ZipInfo] = field(repr=False)
 
     @property
     def files(self) -> list[Parts]:
