@@ -529,7 +529,7 @@ def _scalars(folder: Path, step: int, world: World, console: Console) -> Iterato
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        console.print("TensorBoard is not installed (pip install 'gram-server[train]'): no curves are written.")
+        console.print("TensorBoard is not installed (pip install 'gram-server[train]'): no curves.", markup=False)
         yield nowhere
         return
     writer = SummaryWriter(log_dir=str(folder / "curves"), purge_step=step)  # what a killed run wrote later is void

@@ -377,7 +377,7 @@ def test_without_tensorboard_the_run_says_so_and_goes_on(tmp_path: Path, monkeyp
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     said = quiet()
     run(tmp_path, console=said)
-    assert "TensorBoard is not installed" in said.file.getvalue()  # type: ignore[attr-defined]
+    assert "TensorBoard is not installed (pip install 'gram-server[train]')" in said.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_looks_at_held_out_themes_and_the_rate_are_told(tmp_path: Path) -> None:
