@@ -187,7 +187,8 @@ class Tasks:
         others = [int(t) for t in rng.permutation(themes[themes != node])]
         kept = self._kept_back(domain, node, others) if rng.random() < low + (high - low) * progress else []
         concepts, shots = self._task(kind, domain, node, [t for t in others if t not in kept], rng)
-        away = self._away(domain, concepts, rng) if rng.random() >= config.restyled else {}
+        looks = rng.random() >= config.restyled or len(self.domains) == 1
+        away = self._away(domain, concepts, rng) if looks else {}
         own = [self._images[domain][c] for c in concepts]
         near = [
             p[self.tree.label[MODE - 1, p] != away[c]] if c in away else p for c, p in zip(concepts, own, strict=True)
@@ -304,7 +305,7 @@ class Tasks:
         self, domain: str, concepts: list[int], support: Indices, rng: np.random.Generator
     ) -> tuple[Gap, str, list[int], list[Indices]]:
         """The same classes in another domain, without the pairs of the support."""
-        others = [other for other in self._rows if other != domain]
+        others = [other for other in self.domains if other != domain]
         if not others:
             return "mode", domain, concepts, []
         other = others[int(rng.integers(len(others)))]

@@ -317,6 +317,7 @@ def test_the_mode_gap_is_a_visual_mode_or_another_domain() -> None:
         for query in episode.queries:
             assert query.gap != "mode" or query.domain != episode.domain
     assert gaps(drawn(200, restyled=1.0))["mode"] > 150
+    assert gaps(drawn(200, of=tasks(world(restyled=0.0))))["mode"] > 150  # there is no other domain
 
 
 def test_a_complex_concept_asks_about_its_farthest_mode() -> None:
