@@ -490,19 +490,24 @@ def train(
     if kept:
         optimizer.restore(kept.moments, step)
 
+    def draw(seen: Mapping[str, Interval]) -> None:
+        for name, (mean, _, _) in seen.items():
+            write(f"held out/{name}", mean, step)
+
     def look() -> None:
         if held_out is None or not config.validate_episodes:
             return
         seen = validate(learner, held_out, params, config.validate_episodes, world)
         history.append({"step": step, **seen})
-        for name, (mean, _, _) in seen.items():
-            write(f"held out/{name}", mean, step)
+        draw(seen)
         told = ", ".join(f"{name} {mean:.4g} ± {half:.2g}" for name, (mean, half, _) in seen.items())
         console.print(f"step {step}, held-out themes: {told}", markup=False, highlight=False, soft_wrap=True)
 
     with _scalars(folder, step, world, console) as write, Meter(console, "meta-training", "steps") as meter:
         if not step and not history:
             look()
+        elif history and history[-1]["step"] == step:  # voided with what came after it
+            draw({name: value for name, value in history[-1].items() if name != "step"})
         meter.begin(config.steps, step)
         while step < config.steps:
             for name, value in outer_step(learner, tasks, params, optimizer, step, world).items():

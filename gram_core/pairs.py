@@ -741,12 +741,17 @@ def json_line(value: object) -> bytes:
     return json.dumps(value).encode("ascii") + b"\n"
 
 
+def _rated(rate: float) -> str:
+    """A rate as a person reads it: 1,234 or 0.47."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 class _Rate(ProgressColumn):
     """Things per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s")
+        return Text("" if speed is None else f"{_rated(speed)} {task.fields['unit']}/s")
 
 
 class Meter:
@@ -786,7 +791,7 @@ class Meter:
         rate = (self.count - self.first) / took
         left = f", {(self.total - self.count) / rate:.0f} s left" if self.count < self.total and rate else ""
         self.console.print(
-            f"{self.label}: {self.count} of {self.total} {self.unit}, {rate:,.0f} {self.unit}/s, {took:.0f} s{left}",
+            f"{self.label}: {self.count} of {self.total} {self.unit}, {_rated(rate)} {self.unit}/s, {took:.0f} s{left}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
 

@@ -371,6 +371,9 @@ def test_curves_go_to_tensorboard_and_a_resumed_run_voids_what_it_repeats(
     assert ("training/loss", 3) in second.rows
     assert {"held out/loss", "held out/cosine", "training/gradient regulator"} <= {name for name, _ in second.rows}
     assert [step for name, step in second.rows if name == "held out/loss"] == [5, 10, 12]
+    Writer.made.clear()
+    run(tmp_path)
+    assert [step for name, step in Writer.made[0].rows if name == "held out/loss"] == [12]  # voided, so written again
 
 
 def test_without_tensorboard_the_run_says_so_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
