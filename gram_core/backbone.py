@@ -116,7 +116,7 @@ def locate(model: str, model_dir: Path | None = None) -> ModelFiles:
     weights = folder / WEIGHTS
     if not weights.is_file():
         others = sorted(folder.glob("*.safetensors"))
-        others = [p for p in others if p.name not in ("root.safetensors",)]
+        others = [p for p in others if p.stem not in ("root", "bank", "gram")]
         if len(others) != 1:
             raise ModelUnavailable(
                 f"model {name!r} needs {WEIGHTS} beside its {CONFIG}; found {len(others)} other safetensors files. "

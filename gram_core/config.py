@@ -1,7 +1,8 @@
 """TOML files and `--name=value` words into frozen dataclasses; unknown names and wrong types are errors in words.
 
-A field's type says what is accepted, its default what holds otherwise, its metadata what `--help` says. Precedence:
-words over the file over the defaults.
+A field's type says what is accepted, its default what holds otherwise, its metadata what `--help` says. A field that
+is itself such a dataclass is a section: a table of the file, `--section.name=value` in words. Precedence: words over
+the file over the defaults.
 """
 
 from __future__ import annotations
@@ -48,8 +49,16 @@ def read(cls: type[T], path: Path | None, given: Mapping[str, Any]) -> T:
             raise InvalidConfig(f"{path} can't be read ({error.strerror}); name a recipe that exists.") from error
         except tomllib.TOMLDecodeError as error:
             raise InvalidConfig(f"{path} is not TOML: {error}.") from error
-    made = _checked(cls, values, where) | _checked(cls, given, "the command line")
-    return cls(**made)
+    return _made(cls, _checked(cls, values, where), _checked(cls, given, "the command line"))
+
+
+def _made(cls: type[T], *layers: Mapping[str, Any]) -> T:
+    """`cls` from checked values, later ones over earlier ones, section by section."""
+    values = {name: value for layer in layers for name, value in layer.items()}
+    for name, kind in typing.get_type_hints(cls).items():
+        if name in values and dataclasses.is_dataclass(kind):
+            values[name] = _made(kind, *(layer[name] for layer in layers if name in layer))  # type: ignore[arg-type]  # a type, by the hint
+    return cls(**values)
 
 
 def exit_code(work: Callable[[], object], said: Console) -> int:
@@ -68,55 +77,80 @@ def exit_code(work: Callable[[], object], said: Console) -> int:
     return OK
 
 
-def parse(cls: type[T], words: Sequence[str], *, program: str, description: str) -> T:
-    """`cls` from command-line words: one `--flag` per field and `--recipe FILE.toml`; errors end with code 2."""
+def parse(cls: type[T], words: Sequence[str], *, program: str, description: str, recipe: str | None = None) -> T:
+    """`cls` from command-line words: one `--flag` per field and `--recipe FILE.toml`; errors end with code 2.
+
+    With `recipe`, its name in `--help`, the file is the first word instead, and has to be there.
+    """
     parser = argparse.ArgumentParser(
         prog=program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--recipe", type=Path, metavar="FILE.toml", help="read these options from a file first")
-    hints = typing.get_type_hints(cls)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # T is a dataclass by contract
-    for item in fields:
-        flag = "--" + item.name.replace("_", "-")
-        text = str(item.metadata.get("help", "")).replace("%", "%%")
-        kind = _plain(hints[item.name])
-        default = _shown(item.default if item.default is not dataclasses.MISSING else None)
-        text += f" (default: {default})" if default else ""
-        if kind is bool:
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text, dest=item.name
-            )
-        elif typing.get_origin(kind) in (tuple, dict):
-            parser.add_argument(
-                flag,
-                nargs="+",
-                action="extend",
-                default=argparse.SUPPRESS,
-                help=text,
-                dest=item.name,
-                metavar=_mark(kind),
-            )
-        else:
-            parser.add_argument(flag, default=argparse.SUPPRESS, help=text, dest=item.name, metavar=_mark(kind))
-    given = vars(parser.parse_args(list(words)))
-    recipe = given.pop("recipe")
-    for item in fields:
-        if isinstance(given.get(item.name), list) and not item.metadata.get("whole"):
-            given[item.name] = [part.strip() for word in given[item.name] for part in word.split(",")]
+    if recipe:
+        parser.add_argument("recipe", type=Path, metavar=recipe, help="the options, as a TOML file")
+    else:
+        parser.add_argument("--recipe", type=Path, metavar="FILE.toml", help="read these options from a file first")
+    whole = _add_flags(parser, cls, "")
+    given = vars(parser.parse_args([_dashed(word) for word in words]))
+    path = given.pop("recipe")
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(value, list) and name not in whole:
+            value = [part.strip() for word in value for part in word.split(",")]
+        section, _, key = name.rpartition(".")
+        (values.setdefault(section, {}) if section else values)[key] = value
     try:
-        return read(cls, recipe, given)
+        return read(cls, path, values)
     except InvalidConfig as error:
         parser.error(error.message)
 
 
+def _dashed(word: str) -> str:
+    """A flag as it is declared: names of a file work as they are written there."""
+    flag, mark, value = word.partition("=")
+    return flag.replace("_", "-") + mark + value if word.startswith("--") else word
+
+
+def _add_flags(parser: argparse._ActionsContainer, cls: type[Any], section: str) -> set[str]:
+    """One flag per field; the names of those whose words are not split at commas."""
+    hints = typing.get_type_hints(cls)
+    whole: set[str] = set()
+    for item in dataclasses.fields(cls):
+        name = section + item.name
+        flag = "--" + name.replace("_", "-")
+        text = str(item.metadata.get("help", "")).replace("%", "%%")
+        kind = _plain(hints[item.name])
+        if dataclasses.is_dataclass(kind):
+            whole |= _add_flags(parser.add_argument_group(f"[{name}]", text), kind, f"{name}.")  # type: ignore[arg-type]  # a type, by the hint
+            continue
+        whole |= {name} if item.metadata.get("whole") else set()
+        default = _shown(item.default if item.default is not dataclasses.MISSING else None)
+        text += f" (default: {default})" if default else ""
+        if kind is bool:
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text, dest=name
+            )
+        elif typing.get_origin(kind) in (tuple, dict):
+            parser.add_argument(
+                flag, nargs="+", action="extend", default=argparse.SUPPRESS, help=text, dest=name, metavar=_mark(kind)
+            )
+        else:
+            parser.add_argument(flag, default=argparse.SUPPRESS, help=text, dest=name, metavar=_mark(kind))
+    return whole
+
+
 def _checked(cls: type[Any], values: Mapping[str, Any], where: str) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    made = {}
+    made: dict[str, Any] = {}
     for name, value in values.items():
         if name not in hints:
             near = difflib.get_close_matches(name, hints, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise InvalidConfig(f"{where} has no key {name!r}; {hint}Keys: {', '.join(sorted(hints))}.")
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                raise InvalidConfig(f"{where}: {name} is {value!r}; expected a section [{name}].")
+            made[name] = _checked(hints[name], value, f"{where} [{name}]")
+            continue
         try:
             made[name] = _cast(hints[name], value)
         except (TypeError, ValueError):

@@ -7,11 +7,13 @@ Messages say what was got, what was expected and what to do; they never echo the
       ModelUnavailable       the named model can't be found, fetched or read       (at start)
       UnsupportedTower       the tower has a shape this code can't represent       (at start)
       FingerprintMismatch    a stored array belongs to another model               (at start)
+      InvalidCheckpoint      a checkpoint that is damaged, or of another kind      (at start)
       InvalidImage           bytes that are not an acceptable image
       InvalidClasses         class names, templates or sentences that can't be used
       InvalidTuning          an adaptation option outside its range
       InvalidData            labelled images that can't be read as they were named (offline only)
       InvalidConfig          a recipe or option with an unknown name or a wrong value (offline only)
+      TrainingDiverged       a loss or a gradient that is not a number             (offline only)
       MethodUnavailable      a method or host that this model can't serve
       OutOfMemory            the device ran out of memory
       DeviceError            the device failed in any other way
@@ -50,6 +52,12 @@ class FingerprintMismatch(GramError):
     code = "fingerprint_mismatch"
 
 
+class InvalidCheckpoint(GramError):
+    """A checkpoint that is cut off, changed, of another format, or holds what can't be weights."""
+
+    code = "invalid_checkpoint"
+
+
 class InvalidImage(GramError):
     """Codes: undecodable_image, unsupported_image_format, image_too_large, image_too_many_pixels,
     image_shape_unsupported, image_too_complex."""
@@ -80,6 +88,12 @@ class InvalidConfig(GramError):
     """A recipe or an option with an unknown name, a wrong type or a value out of range."""
 
     code = "invalid_config"
+
+
+class TrainingDiverged(GramError):
+    """A loss or a gradient that is not a number."""
+
+    code = "training_diverged"
 
 
 class MethodUnavailable(GramError):

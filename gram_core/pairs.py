@@ -12,6 +12,7 @@ command again: it goes on where it stopped).
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import os
@@ -92,11 +93,12 @@ class PairsConfig:
     out: Path = option(Path("features"), "folder of the feature cache")
     image_column: str | None = option(None, "column of a table with the image's path, relative to the table")
     caption_columns: tuple[str, ...] = option((), "columns of a table with captions", whole=True)
+    share: dict[str, float] = option({}, "use a seeded share of some sources' pairs: PATTERN of their names = SHARE")
     part: int = option(512, "samples that are computed and kept together")
     least: int = option(3, "captions that must hold a phrase")
     phrases: int = option(20_000, "candidate phrases at most")
     phrase_rows: int = option(1000, "pairs named for each phrase at most, a seeded sample")
-    seed: int = option(0, "seed of that sample")
+    seed: int = option(0, "seed of that sample and of the shares")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     precision: str = option("fp32", "auto, fp32 or bf16")
     model_dir: Path | None = option(None, "where fetched models lie, as GRAM_MODEL_DIR")
@@ -109,6 +111,9 @@ class PairsConfig:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise InvalidConfig(f"{name} is {getattr(self, name)}; it must be at least {low}.")
+        for pattern, share in self.share.items():
+            if not 0.0 < share <= 1.0:
+                raise InvalidConfig(f"the share of {pattern!r} is {share}; it must be above 0 and at most 1.")
         if (self.rank is None) != (self.world is None):
             raise InvalidConfig("rank and world go together: give both or none.")
         if self.rank is not None and self.world is not None and not 0 <= self.rank < self.world:
@@ -206,7 +211,29 @@ def open_sources(config: PairsConfig) -> list[Source]:
         if above := next((p for p in path.parents if p in found and _zipped(p)), None):
             raise InvalidData(f"{found[path]} lies in {found[above]}, which is named as well. Leave one of them out.")
     names = _short_names(list(found))
-    return sorted((_source(name, path, config) for path, name in names.items()), key=lambda source: source.name)
+    for pattern in config.share:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names.values()):
+            raise InvalidConfig(f"share names {pattern!r}; the sources are {some(sorted(names.values()))}.")
+    every = sorted((_source(name, path, config) for path, name in names.items()), key=lambda source: source.name)
+    return [_shared(source, config) for source in every]
+
+
+def _shared(source: Source, config: PairsConfig) -> Source:
+    """The source with the share of its samples that is asked for; a sample stays or goes whatever stands beside it."""
+    wanted = [share for pattern, share in config.share.items() if fnmatch.fnmatchcase(source.name, pattern)]
+    if not wanted:
+        return source
+
+    def samples() -> tuple[list[Sample], Counter[str]]:
+        every, skipped = source.samples()
+        return [sample for sample in every if fraction(sample.key, config.seed) < wanted[-1]], skipped
+
+    return replace(source, samples=samples)
+
+
+def fraction(key: str, seed: int) -> float:
+    """A number in [0, 1) that depends on key and seed alone: more samples change nobody's."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
 
 
 def _contents(path: Path) -> list[Path]:
@@ -714,12 +741,17 @@ def json_line(value: object) -> bytes:
     return json.dumps(value).encode("ascii") + b"\n"
 
 
+def _rated(rate: float) -> str:
+    """A rate as a person reads it: 1,234 or 0.47."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 class _Rate(ProgressColumn):
     """Things per second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s")
+        return Text("" if speed is None else f"{_rated(speed)} {task.fields['unit']}/s")
 
 
 class Meter:
@@ -759,7 +791,7 @@ class Meter:
         rate = (self.count - self.first) / took
         left = f", {(self.total - self.count) / rate:.0f} s left" if self.count < self.total and rate else ""
         self.console.print(
-            f"{self.label}: {self.count} of {self.total} {self.unit}, {rate:,.0f} {self.unit}/s, {took:.0f} s{left}",
+            f"{self.label}: {self.count} of {self.total} {self.unit}, {_rated(rate)} {self.unit}/s, {took:.0f} s{left}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
 

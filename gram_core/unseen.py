@@ -268,7 +268,7 @@ class _Worker:
         except OSError:
             return "unreadable_file"
         made = [(sample.key, PLAIN, views.prepare(self.backbone, image))]
-        if _fraction(sample.key, self.config.seed) < self.config.share:
+        if pairs.fraction(sample.key, self.config.seed) < self.config.share:
             made += [(sample.key, d, views.prepare(self.backbone, _restyled(image, d))) for d in self.config.domains]
         return made
 
@@ -309,11 +309,6 @@ class _Worker:
         size = (int(image.pixels.shape[1]), int(image.pixels.shape[2]))
         low, high = self.config.scale
         return views.cut(self.backbone, image, views.boxes(image.sha256, size, count, self.config.seed, (low, high)))
-
-
-def _fraction(key: str, seed: int) -> float:
-    """A number in [0, 1) that depends on key and seed alone: more images change nobody's."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{key}".encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
 
 
 def _restyled(image: DecodedImage, domain: str) -> DecodedImage:

@@ -24,12 +24,12 @@ MAX_HEADER_BYTES = 1 << 30
 
 def write(folder: Path, name: str, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> None:
     """Write `arrays` and `header` (JSON values) as `folder/name.*`; an older pair is replaced."""
-    folder.mkdir(parents=True, exist_ok=True)
     data = save({key: np.ascontiguousarray(value) for key, value in arrays.items()})
-    body = {**header, "arrays_sha256": hashlib.sha256(data).hexdigest()}
+    text = _text({**header, "arrays_sha256": hashlib.sha256(data).hexdigest()})  # refuses what is no JSON, beforehand
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").unlink(missing_ok=True)  # no header, no pair: a stop in between leaves nothing to trust
     _replace(folder / f"{name}.safetensors", data)
-    _replace(folder / f"{name}.json", _text(body))
+    _replace(folder / f"{name}.json", text)
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -45,18 +45,24 @@ def _text(body: Mapping[str, Any]) -> bytes:
 
 
 def read(
-    folder: Path, name: str, *, kind: str, format: int, fingerprint: str | None
+    folder: Path,
+    name: str,
+    *,
+    kind: str,
+    format: int,
+    fingerprint: str | None,
+    remake: str = "build it again (python -m prototypes build)",
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """The arrays and the header of `folder/name.*`, whole and made for the model `fingerprint` (None: any model).
 
-    `kind` is what the refusals call it. Raises ValueError in words.
+    `kind` is what the refusals call it, `remake` what they advise. Raises ValueError in words.
     """
     paths = folder / f"{name}.safetensors", folder / f"{name}.json"
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"the {kind} in {folder} lacks {path.name}; build it again (python -m prototypes build).")
+            raise ValueError(f"the {kind} in {folder} lacks {path.name}; {remake}.")
     arrays_path, header_path = paths
-    again = f"it is cut off, changed or no {kind}; build it again or restore it."
+    again = f"it is cut off, changed or no {kind}; {remake}, or restore it."
     try:
         if header_path.stat().st_size > MAX_HEADER_BYTES:
             raise ValueError("it is larger than any header")
@@ -70,13 +76,13 @@ def read(
     if header.get("kind") != kind or header.get("format") != format:
         raise ValueError(
             f"{header_path} is a {header.get('kind')!r} of format {header.get('format')!r}, "
-            f"this version reads a {kind} of format {format}; build it again."
+            f"this version reads a {kind} of format {format}; {remake}."
         )
     stored = str(header.get("fingerprint"))
     if fingerprint is not None and stored != fingerprint:
         raise ValueError(
             f"the {kind} in {folder} was made for model {stored[:16]}, the loaded model is {fingerprint[:16]}; "
-            f"build it again from that model's features."
+            f"{remake} from that model's features."
         )
     data = arrays_path.read_bytes()
     if hashlib.sha256(data).hexdigest() != header.get("arrays_sha256"):

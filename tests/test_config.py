@@ -12,6 +12,13 @@ from gram_core.errors import InvalidConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inner:
+    steps: int = option(1, "how many inside")
+    some_rates: tuple[float, ...] = option((0.5,), "how far inside")
+    loud: bool = option(False, "whether inside")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     steps: int = option(3, "how many")
     lr: float = option(0.5, "how far")
@@ -21,6 +28,7 @@ class Options:
     roles: dict[str, str] = option({}, "which is which")
     clean: bool = option(True, "whether")
     folder: Path = option(Path("here"), "where")
+    inner: Inner = option(Inner(), "what is inside")
 
 
 def words(*given: str) -> Options:
@@ -60,10 +68,34 @@ def test_words_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path: Path) 
     assert got == Options(steps=9, lr=2.0, sizes=(4,), roles={"a/*": "choosing"}, clean=False)
 
 
+def test_a_section_is_a_table_of_the_recipe_and_a_dotted_word(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "steps = 7\n[inner]\nsteps = 2\nloud = true\n")
+    got = words("--recipe", str(path), "--inner.some_rates=1,2", "--inner.steps", "3")
+    assert got == Options(steps=7, inner=Inner(steps=3, some_rates=(1.0, 2.0), loud=True))
+    assert words("--inner.some-rates", "1", "2", "--no-inner.loud").inner == Inner(some_rates=(1.0, 2.0))
+
+
+def test_the_recipe_may_be_the_first_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = recipe(tmp_path, "steps = 7\n")
+    got = parse(Options, [str(path), "--lr=2"], program="test", description="A test.", recipe="CONFIG.toml")
+    assert got == Options(steps=7, lr=2.0)
+    with pytest.raises(SystemExit):
+        parse(Options, [], program="test", description="A test.", recipe="CONFIG.toml")
+    assert "required: CONFIG.toml" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(Options, ["--help"], program="test", description="A test.", recipe="CONFIG.toml")
+    shown = capsys.readouterr().out
+    assert "[inner]:" in shown
+    assert "--inner.steps N" in shown
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("step = 1", r"recipe.toml has no key 'step'; did you mean 'steps'\? Keys: clean, folder, lr"),
+        ("[inner]\nstep = 1", r"recipe.toml \[inner\] has no key 'step'; did you mean 'steps'\?"),
+        ("[inner]\nsteps = 1.5", r"recipe.toml \[inner\]: steps is 1.5; expected a whole number"),
+        ("inner = 3", r"recipe.toml: inner is 3; expected a section \[inner\]"),
+        ("step = 1", r"recipe.toml has no key 'step'; did you mean 'steps'\? Keys: clean, folder, inner, lr"),
         ('steps = "many"', "recipe.toml: steps is 'many'; expected a whole number"),
         ("steps = 1.5", "steps is 1.5; expected a whole number"),
         ("steps = true", "steps is True; expected a whole number"),

@@ -252,6 +252,26 @@ def test_a_long_caption_is_cut_and_not_fatal(tiny: Backbone, tmp_path: Path) -> 
     assert np.allclose(np.linalg.norm(array(tmp_path / "out", "caption.f32"), axis=1), 1, atol=1e-5)
 
 
+def test_a_share_of_a_source_is_the_same_pairs_whatever_stands_beside_them(tiny: Backbone, tmp_path: Path) -> None:
+    a, b = simple(tmp_path / "a.tar", 40), simple(tmp_path / "b.tar", 6)
+    made(tmp_path / "all", tiny, a, b)
+    header = made(tmp_path / "half", tiny, a, b, share={"a": 0.5})
+    every, half = ([row["key"] for row in rows(tmp_path / out)] for out in ("all", "half"))
+    assert [key for key in half if key[0] == "b"] == [key for key in every if key[0] == "b"]
+    own = [key for key in half if key[0] == "a"]
+    assert 10 < len(own) < 30  # 20 are expected; fewer or more have a probability of 2 in a thousand, once and for all
+    assert header["pairs"] == len(own) + 6
+    simple(tmp_path / "a.tar", 20)
+    made(tmp_path / "less", tiny, a, share={"a": 0.5})
+    assert [row["key"] for row in rows(tmp_path / "less")] == [key for key in own if key < "a/s020"]
+    made(tmp_path / "other", tiny, a, share={"*": 0.5}, seed=1)
+    assert rows(tmp_path / "other") != rows(tmp_path / "less")
+    with pytest.raises(InvalidConfig, match=r"share names 'c'; the sources are a, b"):
+        made(tmp_path / "none", tiny, a, b, share={"c": 0.5})
+    with pytest.raises(InvalidConfig, match=r"the share of 'a' is 1.5"):
+        config(tmp_path, share={"a": 1.5})
+
+
 # ---- what is left out
 
 

@@ -11,6 +11,11 @@ from gram_core.text import ClassSet, TextEncoder
 from gram_core.types import Params
 
 
+def shifted(base: Tensor, residual: Tensor) -> Tensor:
+    """norm(t0 + z) (..., K, D), written as a shift of `base` so that z = 0 gives it bit for bit."""
+    return base + (F.normalize(base + residual, dim=-1) - F.normalize(base, dim=-1))
+
+
 class Residual(PromptMethod):
     """`residual` (E, K, D): t = norm(t0 + z). No text pass and no text gradient, whatever the tower."""
 
@@ -28,6 +33,4 @@ class Residual(PromptMethod):
         return {"residual": torch.zeros(episodes, *base.shape, device=base.device)}
 
     def features(self, params: Params, classes: ClassSet) -> Tensor:
-        base = self.texts.features(classes)
-        # norm(t0 + z), written as a shift of t0 so that z = 0 gives t0 bit for bit
-        return base + (F.normalize(base + params["residual"], dim=-1) - F.normalize(base, dim=-1))
+        return shifted(self.texts.features(classes), params["residual"])
