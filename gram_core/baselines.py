@@ -244,11 +244,13 @@ def stata(features: Tensor, texts: Tensor, scale: float) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Joint:
-    """A joint tuning of E batches: its parameters, and the views' logits (E, B, V, K) before and after."""
+    """A joint tuning of E batches: its parameters, the views' logits (E, B, V, K) before and after, and the weight of
+    the first batch's root in the loss."""
 
     params: Params
     before: Tensor
     after: Tensor
+    rho: float = 0.0
 
 
 def infomax(
@@ -285,4 +287,4 @@ def infomax(
 
         params = adapt(of(loss), start, update=UPDATES[update], lr=lr, steps=steps)
         after, _ = split(host.logits(params, seen, classes))
-    return Joint(params, before, after)
+    return Joint(params, before, after, float(rho) if isinstance(rho, float) else float(rho[0]))

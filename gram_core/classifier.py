@@ -20,18 +20,41 @@ import torch
 from torch import Tensor
 
 from gram_core import backbone as towers
-from gram_core import baselines, objectives, views
-from gram_core.backbone import Backbone
-from gram_core.errors import DeviceError, FingerprintMismatch, InvalidTuning, MethodUnavailable, OutOfMemory
+from gram_core import baselines, gram, objectives, views
+from gram_core.backbone import Backbone, file_sha256
+from gram_core.checkpoint import Checkpoint, load_checkpoint
+from gram_core.errors import (
+    DeviceError,
+    FingerprintMismatch,
+    InvalidCheckpoint,
+    InvalidTuning,
+    MethodUnavailable,
+    OutOfMemory,
+)
+from gram_core.gram import Structure
 from gram_core.images import DecodedImage
 from gram_core.prompts import METHODS, PromptMethod
 from gram_core.text import ClassSet, TextEncoder
-from gram_core.types import Adaptation, Answer, FloatArray, ImageResult, ModelInfo, Params, Plan, Tuning
+from gram_core.types import (
+    Adaptation,
+    Answer,
+    Explanation,
+    FloatArray,
+    ImageResult,
+    ModelInfo,
+    Params,
+    Plan,
+    PrototypeSeen,
+    Tuning,
+    ViewSeen,
+)
 from gram_core.views import Prepared
-from prototypes.bank import load_root
+from prototypes.bank import PrototypeBank, load_bank, load_root
+from prototypes.hierarchy import CONCEPT, MODE
 
 BATCH_FROM = 8  # images from which a joint tuning is trusted (method.md section 8)
 ENTROPY_SLACK = 0.01  # nats by which tuning may raise the entropy it is meant to lower
+TOLD_VIEWS, TOLD_PROTOTYPES = 64, 5  # of an explanation, so that it stays within 8 KiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +101,28 @@ class _Tuned:
     kept: int
     temperature: float
     ms: float
+    chosen: frozenset[int] | None = None
+    variables: Params | None = None
+    rho: float | None = None
+    trust: float | None = None
+    skew: float | None = None
+    share: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What meta-training left: weights, and the prototypes they were learned with."""
+
+    checkpoint: Checkpoint
+    bank: PrototypeBank
 
 
 class Classifier:
     """Frozen towers, class texts and hosts; `classify` answers before and after.
 
-    Args of `load`: see `gram_core.backbone.load`; `text_cache_bytes` bounds the cache of class features, `kl_cap`
-    is the KL (nats) from zero-shot beyond which a tuned answer is discarded; `default_*` override the method's own
-    defaults for callers that leave them open.
+    `learned` makes the method gram; without it `note` says why. Args of `load`: see `gram_core.backbone.load`;
+    `text_cache_bytes` bounds the cache of class features, `kl_cap` is the KL (nats) from zero-shot beyond which a
+    tuned answer is discarded; `default_*` override the method's own defaults for callers that leave them open.
     """
 
     def __init__(
@@ -93,6 +130,8 @@ class Classifier:
         backbone: Backbone,
         root: FloatArray | None = None,
         *,
+        learned: Learned | None = None,
+        note: str | None = None,
         text_cache_bytes: int = 2**28,
         kl_cap: float = 5.0,
         default_method: str = "auto",
@@ -118,11 +157,27 @@ class Classifier:
             ),
             "tpt": replace(tpt, views=default_views or tpt.views),
         }
-        methods = (("infomax",) if root is not None else ()) + ("tpt", "none")
+        if learned is not None and root is None:
+            learned, note = None, "this model has no root prototype, which gram's joint tuning rehearses"
+        self.learned = learned
+        if learned is not None:
+            own = _config_of(learned.checkpoint)
+            self.configs["gram"] = replace(
+                own,
+                steps=own.steps if default_steps is None else default_steps,
+                views=default_batch_views or own.views,
+            )
+            self.weights = {name: w.to(backbone.device) for name, w in learned.checkpoint.params.items()}
+            self.structure = Structure.of(learned.bank, backbone.device)
+        methods = (
+            (("gram",) if learned is not None else ()) + (("infomax",) if root is not None else ()) + ("tpt", "none")
+        )
         if default_method == "auto":
             default_method = methods[0]
         if default_method not in methods:
-            raise MethodUnavailable(self._no_method(default_method, methods))
+            raise MethodUnavailable(
+                self._no_method(default_method, methods, note or "no GRAM checkpoint lies beside this model")
+            )
         self.info = ModelInfo(
             name=backbone.name,
             weights_sha256=backbone.weights_sha256,
@@ -137,6 +192,8 @@ class Classifier:
             text_path=backbone.text_path,
             text_path_note=backbone.text_note,
             root=root is not None,
+            checkpoint_sha256=None if learned is None else learned.checkpoint.sha256,
+            checkpoint_note=None if learned is not None else note or "no GRAM checkpoint lies beside this model",
             methods=methods,
             hosts=tuple(self.hosts),
             default_method=default_method,
@@ -144,7 +201,7 @@ class Classifier:
             defaults={
                 name: {
                     "host": self._default_host(name),
-                    "scope": "batch" if name == "infomax" else "image",
+                    "scope": "image" if name == "tpt" else "batch",
                     "steps": config.steps,
                     "views": config.views,
                     "lr": config.lr[self._default_host(name)],
@@ -164,11 +221,14 @@ class Classifier:
         precision: str = "auto",
         model_dir: Path | None = None,
         weights_sha256: str | None = None,
+        checkpoint: Path | None = None,
         **options: Any,
     ) -> Classifier:
-        """Load a model from disk with the root prototype beside its weights, if it has one.
+        """Load a model from disk, with the root prototype and the GRAM checkpoint and bank beside its weights, if any.
 
-        Raises ModelUnavailable, UnsupportedTower, or FingerprintMismatch when the root belongs to other weights.
+        `checkpoint` names another folder for the last two. Raises ModelUnavailable, UnsupportedTower,
+        FingerprintMismatch when root, checkpoint or bank belong to other weights, InvalidCheckpoint when one is
+        damaged, or when the folder named has none.
         """
         backbone = towers.load(
             model, device=device, precision=precision, model_dir=model_dir, weights_sha256=weights_sha256
@@ -183,7 +243,18 @@ class Classifier:
             raise FingerprintMismatch(
                 f"the root prototype has {root.visual.shape[0]} dimensions, the model {backbone.joint_dim}; rebuild it."
             )
-        return cls(backbone, None if root is None else root.visual, **options)
+        learned, note = load_learned(checkpoint or towers.locate(model, model_dir).folder, backbone.fingerprint)
+        if checkpoint is not None and learned is None:
+            raise InvalidCheckpoint(f"{checkpoint} can't be used: {note}. Name the folder that training wrote.")
+        return cls(backbone, None if root is None else root.visual, learned=learned, note=note, **options)
+
+    def variant(self, learned: Learned, structure: Structure | None = None) -> Classifier:
+        """The same towers and texts with other weights, or other prototypes at test time: what an ablation needs."""
+        made = Classifier(self.backbone, None if self.root is None else self.root.cpu().numpy(), learned=learned)
+        made.texts, made.hosts, made.kept = self.texts, self.hosts, self.kept
+        if structure is not None:
+            made.structure = structure
+        return made
 
     # ---- any thread ----
 
@@ -203,16 +274,16 @@ class Classifier:
         Raises MethodUnavailable or InvalidTuning.
         """
         method = tuning.method or self.info.default_method
-        if tuning.method is None and tuning.scope == "image" and method == "infomax":
+        if tuning.method is None and tuning.scope == "image" and method == "infomax":  # gram has that scope
             method = "tpt"  # one image carries no joint direction
         if method not in self.info.methods:
-            raise MethodUnavailable(self._no_method(method, self.info.methods))
+            raise MethodUnavailable(self._no_method(method, self.info.methods, self.info.checkpoint_note))
         if tuning.scope not in ("auto", "image", "batch"):
             raise InvalidTuning("scope must be auto, image or batch.")
         plan = Plan(method=method, host=None, scope="image", steps=0, views=1, seed=tuning.seed)
         if method == "none":
             return replace(plan, skip="none_requested")
-        wanted = "batch" if method == "infomax" else "image"
+        wanted = "image" if method == "tpt" or (method, tuning.scope) == ("gram", "image") else "batch"
         if tuning.scope not in ("auto", wanted):
             raise MethodUnavailable(
                 f"method {method} has scope {wanted} only; for scope {tuning.scope} choose "
@@ -224,6 +295,10 @@ class Classifier:
             )
         config = self.configs[method]
         host = tuning.host or self._default_host(method)
+        if method == "gram" and host in self.hosts and host != self._default_host(method):
+            raise MethodUnavailable(
+                f"gram was learned for host {self._default_host(method)}; leave host out, or choose infomax."
+            )
         if host not in self.hosts:
             reason = METHODS[host].why_not(self.texts) if host in METHODS else None
             raise MethodUnavailable(
@@ -258,8 +333,8 @@ class Classifier:
 
     # ---- the engine thread ----
 
-    def classify(self, images: Sequence[Prepared], classes: ClassSet, plan: Plan) -> Answer:
-        """Zero-shot for every image, then the tuning that `plan` asks for.
+    def classify(self, images: Sequence[Prepared], classes: ClassSet, plan: Plan, *, explain: bool = False) -> Answer:
+        """Zero-shot for every image, then the tuning that `plan` asks for; `explain` says why, per image.
 
         Answers come in the order of `images` and do not depend on it; in scope `image` they do not depend on the
         other images either. Raises OutOfMemory or DeviceError when not even zero-shot can be had.
@@ -279,7 +354,8 @@ class Classifier:
                 views_ = self._view_features(images, originals, plan.views, plan.seed, scale)
                 passes += len(images) * (plan.views - 1)
             seen = Seen(views_, tuple(i.sha256 for i in images))
-            results, text_passes = self._results(seen, cosines, classes, plan)
+            told = list(images) if explain else None
+            results, text_passes = self._results(seen, cosines, classes, plan, told)
             clock.lap("adapt")
         text_passes += 0 if cached else classes.texts
         return Answer(tuple(results), "hit" if cached else "miss", passes, text_passes, clock.laps)
@@ -335,9 +411,13 @@ class Classifier:
     # ---- inside ----
 
     def _default_host(self, method: str) -> str:
+        if method == "gram" and self.learned is not None:
+            return str(self.learned.checkpoint.settings["host"])
         return "coop" if method == "tpt" and "coop" in self.hosts else "residual"
 
-    def _no_method(self, method: str, methods: tuple[str, ...]) -> str:
+    def _no_method(self, method: str, methods: tuple[str, ...], note: str | None = None) -> str:
+        if method == "gram":
+            return f"gram is not served: {note}; choose {', '.join(methods)}."
         if method == "infomax":
             return (
                 "this model has no root prototype, which infomax needs to be safe on skewed batches; "
@@ -380,22 +460,35 @@ class Classifier:
         )
         return ImageResult(values, values, self.backbone.logit_scale, report)
 
-    def _results(self, seen: Seen, cosines: Tensor, classes: ClassSet, plan: Plan) -> tuple[list[ImageResult], int]:
-        """One result per image, and the text passes that tuning took."""
+    def _results(
+        self,
+        seen: Seen,
+        cosines: Tensor,
+        classes: ClassSet,
+        plan: Plan,
+        told: list[Prepared] | None = None,
+    ) -> tuple[list[ImageResult], int]:
+        """One result per image, with reasons where the images are `told`, and the text passes that tuning took."""
         count = len(seen.views)
         if plan.skip:
-            return [self._plain(cosines[n], plan) for n in range(count)], 0
+            plain = [self._plain(cosines[n], plan) for n in range(count)]
+            tuned: list[tuple[_Tuned | None, int]] = [(None, 0)] * count
+            return self._explained(plain, tuned, seen, classes, plan, told), 0
         episodes = count if plan.scope == "image" else 1
         text_passes = episodes * len(classes) * (plan.steps + 1) if plan.host == "coop" else 0
         if plan.scope == "image":
+            tune = self._tune_alone if plan.method == "gram" else self._tune_image
             rows = zip(seen.views, seen.originals, cosines, strict=True)
-            tuned = [self._tune_image(f, o, c, classes, plan) for f, o, c in rows]
-            return [self._result(cosines[n], t, 0, plan) for n, t in enumerate(tuned)], text_passes
-        order = sorted(range(count), key=lambda n: seen.sha256[n])
-        index = torch.tensor(order, device=seen.originals.device)
-        batch = self._tune_batch(seen.views[index], seen.originals[index], cosines[index], classes, plan)
-        place = {n: at for at, n in enumerate(order)}
-        return [self._result(cosines[n], batch, place[n], plan) for n in range(count)], text_passes
+            tuned = [(tune(f, o, c, classes, plan), 0) for f, o, c in rows]
+        else:
+            order = sorted(range(count), key=lambda n: seen.sha256[n])
+            index = torch.tensor(order, device=seen.originals.device)
+            together = self._tune_gram if plan.method == "gram" else self._tune_batch
+            batch = together(seen.views[index], seen.originals[index], cosines[index], classes, plan)
+            place = {n: at for at, n in enumerate(order)}
+            tuned = [(batch, place[n]) for n in range(count)]
+        results = [self._result(cosines[n], own, row, plan) for n, (own, row) in enumerate(tuned) if own is not None]
+        return self._explained(results, tuned, seen, classes, plan, told), text_passes
 
     def _original_features(self, images: Sequence[Prepared]) -> Tensor:
         """(B, D) features of the originals."""
@@ -438,11 +531,11 @@ class Classifier:
         crops_BVD = torch.cat(features).reshape(len(images), count - 1, -1)
         return torch.cat([originals[:, None], crops_BVD], dim=1)
 
-    def _tune_batch(
+    def _joint(
         self, features: Tensor, originals: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan
-    ) -> _Tuned:
-        """Joint tuning of one variable on `features` (B, V, D) of all images, and what speaks against it."""
-        started = time.perf_counter()
+    ) -> tuple[Tensor, baselines.Joint, str | None]:
+        """Joint tuning of one variable on `features` (B, V, D) of all images: the originals' logits, and what speaks
+        against it."""
         assert plan.host is not None
         assert self.root is not None
         host, config = self.hosts[plan.host], self.configs[plan.method]
@@ -460,9 +553,63 @@ class Classifier:
         before = objectives.entropy(joint.before.softmax(-1).mean(2)).mean()
         after = objectives.entropy(joint.after.softmax(-1).mean(2)).mean()
         logits = host.logits(joint.params, originals[None], classes)[0]
-        reason = self._distrust(logits, cosines, float(before), float(after))
+        return logits, joint, self._distrust(logits, cosines, float(before), float(after))
+
+    def _tune_batch(
+        self, features: Tensor, originals: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan
+    ) -> _Tuned:
+        """Information maximisation, with the guards of docs/method.md."""
+        started = time.perf_counter()
+        logits, joint, reason = self._joint(features, originals, cosines, classes, plan)
         accepted = objectives.accepted(cosines * self.backbone.logit_scale, logits, originals)
-        return self._settle(logits, cosines, accepted, reason, plan.views, started)
+        settled = self._settle(logits, cosines, accepted, reason, plan.views, started)
+        return replace(settled, variables=joint.params, rho=joint.rho)
+
+    def _tune_gram(self, features: Tensor, originals: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan) -> _Tuned:
+        """GRAM: the joint tuning, and how far the answer goes along it and along what the request's relations say.
+
+        Where the request is far from every prototype this is `_tune_batch`, bit for bit.
+        """
+        started = time.perf_counter()
+        scale, structure = self.backbone.logit_scale, self.structure
+        logits, joint, reason = self._joint(features, originals, cosines, classes, plan)
+        base = cosines * scale
+        guarded = objectives.accepted(base, logits, originals)
+        plain = self._settle(logits, cosines, guarded, reason, plan.views, started)
+        plain = replace(plain, variables=joint.params, rho=joint.rho, trust=0.0)
+        relation = gram.relate(structure, originals)
+        trust = gram.trust(relation.novelty, self.weights["trust.least"][0, 0])
+        if reason is not None or float(trust) == 0.0 or plan.steps == 0:
+            return plain
+        texts = self.texts.features(classes)
+        seen = gram.context(structure, relation, originals, texts, scale)
+        along = gram.directions(structure, features, texts, base, logits, scale)
+        amounts = gram.amounts(self.weights, seen)
+        moved, log_prior = gram.move(base, along, amounts)
+        before = torch.where(plain.accepted[:, None], logits / plain.temperature, base)
+        answer = gram.settle(base, before, moved, trust)
+        reason = self._distrust(answer, cosines, 0.0, 0.0)
+        accepted = gram.accepted(base, answer, self.weights["accept.margin"][0, 0])
+        if reason is not None:
+            accepted = torch.zeros_like(accepted)
+        shares = (log_prior - log_prior.logsumexp(-1)).softmax(-1)
+        own = (amounts["tuned"] * along["tuned"]).norm(dim=-1)
+        whole = (answer - base - amounts["tuned"] * along["tuned"]).norm(dim=-1)
+        return replace(
+            plain,
+            logits=answer,
+            accepted=accepted,
+            reason=reason,
+            temperature=1.0,
+            ms=(time.perf_counter() - started) * 1000,
+            trust=float(trust),
+            skew=float(1 - objectives.entropy(shares) / np.log(len(classes))),
+            share=whole / (own + whole).clamp_min(1e-12),
+        )
+
+    def _tune_alone(self, features: Tensor, original: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan) -> _Tuned:
+        """GRAM on one image: a request of one."""
+        return self._tune_gram(features[None], original[None], cosines[None], classes, plan)
 
     def _tune_image(self, features: Tensor, original: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan) -> _Tuned:
         """TPT on `features` (V, D) of one image, and what speaks against it."""
@@ -482,7 +629,8 @@ class Classifier:
         logits = final[0, -1:]
         reason = self._distrust(logits, cosines[None], float(before), float(after))
         always = torch.ones(1, dtype=torch.bool, device=logits.device)
-        return self._settle(logits, cosines[None], always, reason, len(kept), started)
+        settled = self._settle(logits, cosines[None], always, reason, len(kept), started)
+        return replace(settled, variables=params, chosen=frozenset(kept.tolist()))
 
     def _distrust(self, logits: Tensor, cosines: Tensor, before: float, after: float) -> str | None:
         """Why a tuning is discarded, or None (api.md section 3)."""
@@ -504,6 +652,67 @@ class Classifier:
             confidence = (cosines[accepted] * self.backbone.logit_scale).softmax(-1).amax(-1).mean()[None]
             sharpness = float(objectives.temperature(logits[accepted][None], confidence))
         return _Tuned(logits, accepted, reason, kept, sharpness, (time.perf_counter() - started) * 1000)
+
+    def _explained(
+        self,
+        results: list[ImageResult],
+        tuned: Sequence[tuple[_Tuned | None, int]],
+        seen: Seen,
+        classes: ClassSet,
+        plan: Plan,
+        images: list[Prepared] | None,
+    ) -> list[ImageResult]:
+        """`results` with their reasons, where `images` ask for them."""
+        if images is None:
+            return results
+        scale, texts = self.backbone.logit_scale, self.texts.features(classes)
+        near = None if self.learned is None else gram.relate(self.structure, seen.originals)
+        made = []
+        for n, (result, (own, row)) in enumerate(zip(results, tuned, strict=True)):
+            entropies = objectives.entropy((scale * seen.views[n] @ texts.T).softmax(-1)).tolist()
+            pixels = (int(images[n].pixels.shape[1]), int(images[n].pixels.shape[2]))
+            crops: list[views.Box | None] = [None]
+            if len(entropies) > 1:
+                shown = self.configs[plan.method].view_scale
+                crops += views.boxes(seen.sha256[n], pixels, len(entropies), plan.seed, shown)
+            kept = None if own is None else own.chosen
+            told = Explanation(
+                views=tuple(
+                    ViewSeen(
+                        None if crop is None else (crop.top, crop.left, crop.height, crop.width),
+                        crop is not None and crop.flip,
+                        entropy,
+                        own is not None and (kept is None or v in kept),
+                    )
+                    for v, (crop, entropy) in enumerate(zip(crops, entropies, strict=True))
+                )[:TOLD_VIEWS],
+            )
+            if near is not None and self.learned is not None:
+                weights, rows = near.weights[CONCEPT][n], self.structure.rows[CONCEPT]
+                names: dict[str, float] = {}
+                for place in weights.argsort(descending=True, stable=True).tolist():
+                    name = self.structure.names[int(rows[place])]
+                    names[name] = names.get(name, 0.0) + float(weights[place])
+                    if len(names) > TOLD_PROTOTYPES:
+                        break
+                top = sorted(names.items(), key=lambda item: -item[1])[:TOLD_PROTOTYPES]
+                told = replace(
+                    told,
+                    prototypes=tuple(PrototypeSeen(name, weight) for name, weight in top),
+                    shift=1 - float(near.nearest[MODE][n]),
+                )
+            if own is not None:
+                moved = None if own.variables is None else _shift(own.variables, self._at_start(plan, classes))
+                share = None if own.share is None else float(own.share[row])
+                told = replace(
+                    told, trust=own.trust, skew=own.skew, rho=own.rho, structure_share=share, prompt_shift=moved
+                )
+            made.append(replace(result, explanation=told))
+        return made
+
+    def _at_start(self, plan: Plan, classes: ClassSet) -> Params:
+        assert plan.host is not None
+        return self.hosts[plan.host].start(self.kept[plan.host], classes, 1)
 
     def _result(self, cosines: Tensor, tuned: _Tuned, row: int, plan: Plan) -> ImageResult:
         scale = self.backbone.logit_scale
@@ -549,6 +758,49 @@ class _Clock:
         now = time.perf_counter()
         self.laps[stage] = (now - self._last) * 1000
         self._last = now
+
+
+def load_learned(folder: Path, fingerprint: str) -> tuple[Learned | None, str | None]:
+    """Checkpoint and bank in `folder`, or the reason why there are none.
+
+    Raises InvalidCheckpoint or FingerprintMismatch when they are there and can't be used.
+    """
+    checkpoint = load_checkpoint(folder, fingerprint=fingerprint)
+    if checkpoint is None:
+        return None, "no GRAM checkpoint lies beside this model"
+    try:
+        bank = load_bank(folder, fingerprint=fingerprint)
+    except ValueError as error:
+        raise InvalidCheckpoint(f"the prototype bank of the checkpoint can't be used: {error}") from error
+    if bank is None:
+        raise InvalidCheckpoint(f"{folder} holds a checkpoint without its prototype bank; restore bank.safetensors.")
+    if file_sha256(folder / "bank.safetensors") != checkpoint.bank_sha256:
+        raise InvalidCheckpoint(f"the checkpoint in {folder} was trained with another prototype bank; restore that.")
+    expected = gram.init()
+    for name, w in expected.items():
+        got = checkpoint.params.get(name)
+        if got is None or (name.startswith("context.") and got.shape != w.shape):
+            raise InvalidCheckpoint(f"the checkpoint in {folder} lacks `{name}`, or has another shape; train it again.")
+    return Learned(checkpoint, bank), None
+
+
+def _config_of(checkpoint: Checkpoint) -> TuneConfig:
+    """How the checkpoint was trained to tune; raises InvalidCheckpoint where its header doesn't say."""
+    try:
+        s: Any = checkpoint.settings
+        scale = (float(s["view_scale"][0]), float(s["view_scale"][1]))
+        lr = {str(s["host"]): float(s["lr"])}
+        return TuneConfig(
+            steps=int(s["steps"]), views=int(s["views"]), lr=lr, update=str(s["update"]), view_scale=scale
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InvalidCheckpoint(f"the checkpoint's settings can't be read ({error!r}); train it again.") from error
+
+
+def _shift(after: Params, before: Params) -> float:
+    """Root mean square of the change of all variables."""
+    moved = torch.cat([(after[name] - before[name]).flatten() for name in after])
+    return float(moved.square().mean().sqrt())
 
 
 def _array(values: Tensor) -> FloatArray:

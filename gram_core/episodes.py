@@ -33,7 +33,8 @@ KINDS = (SUPERVISED, *draws.KINDS)
 Gap = Literal["in", "mode", "branch"]
 
 FEWEST = 2  # images of a concept in a restyled domain: one to tune on, one to ask about
-SMALLEST_WAY, LARGEST_WAY = 2, 32  # classes of a simulated request
+SMALLEST_WAY, LARGEST_WAY = 2, 48  # classes of a simulated request
+EVERY_NAME = 0.1  # share of the simulated requests that name everything there is to name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class EpisodeConfig:
     least: int = option(4, "unseen images that a concept needs to take part")
     complexity: str = option("measured", "structure complexity: measured, or a control: fixed, permuted, inverted")
     unlabeled: float = option(0.5, "share of simulated requests at the start; rises to all of them half way")
-    sizes: tuple[int, ...] = option((4, 8, 16, 32, 64), "images of a simulated request")
+    sizes: tuple[int, ...] = option((1, 4, 8, 16, 32, 64), "images of a simulated request")
     plain: float = option(0.5, "probability that an episode's images are as they are, not restyled")
     query: int = option(4, "images of each class in a query at most")
     restyled: float = option(0.5, "probability that the mode gap is another domain instead of a visual mode")
@@ -248,6 +249,8 @@ class Tasks:
         if kind != SUPERVISED:  # a list of names that a caller gives may be far shorter, or longer
             low, high = max(SMALLEST_WAY, way // 4), max(SMALLEST_WAY, min(LARGEST_WAY, 2 * way))
             way = round(float(np.exp(rng.uniform(np.log(low), np.log(high)))))
+            if rng.random() < EVERY_NAME:
+                way = there
         chosen = self._chosen(domain, [node, *siblings], max(way, SMALLEST_WAY), rng)
         return [chosen[i] for i in rng.permutation(len(chosen))], shots
 

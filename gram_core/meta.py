@@ -308,7 +308,16 @@ def _digest(tensors: Params) -> str:
 class LearnerConfig:
     """What is learned, and the inner loop that it is learned for."""
 
-    regulator: str = option("gram", "gradient regulator: a name in gram_core.regulators")
+    regulator: str = option("identity", "gradient regulator: a name in gram_core.regulators")
+    start: bool = option(False, "learn where the residual starts, as a map of class features")
+    structure: bool = option(True, "let the amounts see the relation to the prototypes")
+    hidden: int = option(16, "units of the amounts' layer")
+    harm: float = option(2.0, "weight of what a request loses against zero-shot")
+    even: float = option(2.0, "weight of requests of equally frequent classes")
+    bias: float = option(0.03, "largest move of class features along the root, to vary how a model likes names")
+    amounts_rate: float = option(6e-3, "learning rate of the amounts")
+    survey: int = option(512, "simulated requests that contexts are measured by")
+    settle: int = option(1600, "simulated requests that the margin of acceptance is chosen on")
     steps: int = option(20, "inner steps")
     lr: float = option(2e-4, "inner step size")
     update: str = option("rms", "inner step rule: a name in gram_core.adapt")
@@ -423,6 +432,8 @@ class ResidualLearner:
         return self.texts[classes.to(self.texts.device)]
 
     def _start(self, params: Params, base: Tensor) -> Params:
+        if "start.u" not in params:
+            return {"residual": torch.zeros_like(base)[None]}
         return {"residual": base @ params["start.v"] @ params["start.u"].mT}
 
     def _logits(self, base: Tensor, params: Params, features: Tensor) -> Tensor:

@@ -102,3 +102,17 @@ def temperature(logits: Tensor, confidence: Tensor, steps: int = 40) -> Tensor:
         sure = scaled.softmax(-1).amax(-1).mean(1) > confidence
         low, high = torch.where(sure, middle, low), torch.where(sure, high, middle)
     return ((low + high) / 2).exp()
+
+
+def guarded(baseline: Tensor, tuned: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The answer of a guarded tuning: logits (n, K), which images were `accepted` (n,), and their temperature ().
+
+    Accepted images take the tuned logits, at the temperature that gives them, as a group, zero-shot's mean confidence;
+    the others keep zero-shot's. Arguments as in `accepted`.
+    """
+    chosen = accepted(baseline, tuned, features)
+    if not bool(chosen.any()):
+        return baseline, chosen, torch.ones((), device=baseline.device)
+    confidence = baseline[chosen].softmax(-1).amax(-1).mean()[None]
+    heat = temperature(tuned[chosen][None], confidence)[0]
+    return torch.where(chosen[:, None], tuned / heat, baseline), chosen, heat

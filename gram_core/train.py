@@ -35,12 +35,14 @@ from gram_core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from gram_core.config import exit_code, option, parse
 from gram_core.episodes import EpisodeConfig, Tasks
 from gram_core.errors import InvalidCheckpoint, InvalidConfig, InvalidData
-from gram_core.meta import LearnerConfig, MetaConfig, ResidualLearner, World
+from gram_core.gram import Structure
+from gram_core.learner import GramLearner, margin, survey
+from gram_core.meta import LearnerConfig, MetaConfig, World
 from gram_core.pairs import PairsConfig, Source, open_sources
 from gram_core.text import TextEncoder
 from gram_core.types import Params
 from gram_core.unseen import UnseenConfig, ViewCache
-from prototypes.bank import PrototypeBank, load_bank, save_bank
+from prototypes.bank import PrototypeBank, Root, load_bank, load_root, save_bank
 from prototypes.cache import FeatureCache
 from prototypes.cluster import ClusterConfig, Sizes, grow
 from prototypes.hierarchy import LEVELS, Hierarchy, load_hierarchy, save_hierarchy
@@ -146,17 +148,22 @@ def run(config: TrainConfig, console: Console) -> Checkpoint | None:
     cache = ViewCache.open(out / VIEWS, fingerprint=backbone.fingerprint)
     training, held_out = (Tasks(tree, bank, cache, config.episodes, held_out=side) for side in (False, True))
     texts = TextEncoder(backbone)
-    learner = ResidualLearner(
+    learner = GramLearner(
         texts=texts.features(texts.class_set(training.names)),
-        root=torch.from_numpy(bank.root.visual).to(backbone.device),
+        root=torch.from_numpy(_root(config, bank).visual).to(backbone.device),  # the one that is served
         scale=backbone.logit_scale,
         config=config.learner,
+        structure=Structure.of(bank, backbone.device),
     )
+    surveyed = survey(learner, learner.init(torch.Generator()), training, config.learner.survey, world)
+    learner = replace(learner, surveyed=surveyed)
     headers = {name: json.loads((out / name / pairs.HEADER).read_bytes()) for name in (FEATURES, VIEWS)}
     grown_from = json.loads((out / TREE / MADE).read_bytes())["made_from"]
     asked = [asdict(config.episodes), asdict(config.learner), headers[VIEWS]["made_from"], grown_from]
     made_from = pairs.digest([backbone.fingerprint, asked])
     end = meta.train(learner, training, held_out, config.meta, out / META, made_from=made_from, console=console)
+    fresh = range(end.step * config.meta.episodes, end.step * config.meta.episodes + config.learner.settle)
+    params = end.params | {"accept.margin": margin(learner, end.params, training, fresh, world)}
     if world.rank:
         return None
     facts: dict[str, Any] = {
@@ -180,7 +187,7 @@ def run(config: TrainConfig, console: Console) -> Checkpoint | None:
         "views": config.views.views,
         "view_scale": list(config.views.scale),
     }
-    return _finish(out / CHECKPOINT, bank, end.params, config.learner.regulator, settings, facts, console)
+    return _finish(out / CHECKPOINT, bank, params, config.learner.regulator, settings, facts, console)
 
 
 def _reading(config: TrainConfig, world: World) -> PairsConfig:
@@ -264,6 +271,13 @@ def _plant(config: TrainConfig, backbone: Backbone, out: Path, console: Console)
     save_bank(out / TREE, PrototypeBank.build(tree, cache, seed=config.tree.seed))
     with pairs.beside(out / TREE / MADE) as file:
         file.write(pairs.json_line({"made_from": made_from}))
+
+
+def _root(config: TrainConfig, bank: PrototypeBank) -> Root:
+    """The root beside the model's weights, or else the bank's own."""
+    folder = towers.locate(config.model, config.model_dir).folder
+    with _in_words():
+        return load_root(folder, fingerprint=bank.fingerprint) or bank.root
 
 
 def _counts(tree: Hierarchy, bank: PrototypeBank) -> dict[str, Any]:

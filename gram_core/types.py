@@ -76,6 +76,49 @@ class Adaptation:
     digest: str
 
 
+@dataclass(frozen=True)
+class ViewSeen:
+    """One view: its box (top, left, height, width) in pixels of the working image, whether it is mirrored, the
+    zero-shot entropy (nats) of its prediction, and whether the tuning used it. The original has no box."""
+
+    box: tuple[int, int, int, int] | None
+    flip: bool
+    entropy: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class PrototypeSeen:
+    """A prototype of the tree near the image: a concept's name, and its share of the relation."""
+
+    name: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Why an image got its answer; None where the method has no such thing.
+
+    Attributes:
+        views: at most 64 of them; prototypes: the five concepts that weigh most, where a bank is loaded.
+        trust: in [0, 1], how far the structure is trusted for this request; 0 is plain tuning.
+        shift: 1 - cosine to the nearest prototype: how far the image is from what the tree knows.
+        skew: 1 - H(estimated class shares) / log K of the request: 0 equal shares, 1 a single class.
+        rho: weight of the rehearsed root in the joint loss.
+        structure_share: in [0, 1], the part of this image's step that is not the tuned prompt's.
+        prompt_shift: root mean square of the tuned variable's change.
+    """
+
+    views: tuple[ViewSeen, ...] = ()
+    prototypes: tuple[PrototypeSeen, ...] = ()
+    trust: float | None = None
+    shift: float | None = None
+    skew: float | None = None
+    rho: float | None = None
+    structure_share: float | None = None
+    prompt_shift: float | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class ImageResult:
     """Scores of one image over all K classes, before and after.
@@ -88,6 +131,7 @@ class ImageResult:
     baseline_cosines: FloatArray
     scale: float
     adaptation: Adaptation
+    explanation: Explanation | None = None
 
     def scores(self, kind: str = "softmax") -> FloatArray:
         """The answer's scores, (K,): one of `SCORE_KINDS`."""
@@ -126,6 +170,8 @@ class ModelInfo:
     text_path: str
     text_path_note: str | None
     root: bool
+    checkpoint_sha256: str | None
+    checkpoint_note: str | None
     methods: tuple[str, ...]
     hosts: tuple[str, ...]
     default_method: str

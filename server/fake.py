@@ -63,6 +63,8 @@ class FakeClassifier:
             text_path="fake",
             text_path_note=None,
             root=True,
+            checkpoint_sha256=None,
+            checkpoint_note="a fake has none",
             methods=("infomax", "tpt", "none"),
             hosts=("residual", "coop"),
             default_method="infomax",

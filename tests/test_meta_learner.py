@@ -31,7 +31,7 @@ def unit(gen: torch.Generator, *shape: int) -> Tensor:
 
 def learner(**options: Any) -> ResidualLearner:
     gen = torch.Generator().manual_seed(5)
-    config = LearnerConfig(**({"steps": 2, "rank": 4, "lr": 1e-2} | options))
+    config = LearnerConfig(**({"regulator": "gram", "steps": 2, "rank": 4, "lr": 1e-2} | options))
     return ResidualLearner(texts=unit(gen, len(NAMES), D), root=unit(gen, D), scale=20.0, config=config)
 
 
