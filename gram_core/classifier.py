@@ -160,6 +160,7 @@ class Classifier:
         if learned is not None and root is None:
             learned, note = None, "this model has no root prototype, which gram's joint tuning rehearses"
         self.learned = learned
+        self.controls: dict[str, Classifier] = {}  # variants that the harness has asked for
         if learned is not None:
             own = _config_of(learned.checkpoint)
             self.configs["gram"] = replace(
@@ -168,7 +169,8 @@ class Classifier:
                 views=default_batch_views or own.views,
             )
             self.weights = {name: w.to(backbone.device) for name, w in learned.checkpoint.params.items()}
-            self.structure = Structure.of(learned.bank, backbone.device)
+            kind = str(learned.checkpoint.settings.get("prototypes", "real"))
+            self.structure = Structure.of(learned.bank, backbone.device).control(kind)
         methods = (
             (("gram",) if learned is not None else ()) + (("infomax",) if root is not None else ()) + ("tpt", "none")
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -26,6 +26,7 @@ from prototypes.bank import PrototypeBank
 from prototypes.hierarchy import CONCEPT, LEVELS, MODE, THEME
 
 RELATED = (THEME, CONCEPT, MODE)  # levels that a request is related to
+PROTOTYPES = ("real", "permuted", "random", "none")  # the last three are controls
 SHARPNESS = 0.05  # tau_v: cosines that change a relation weight by a factor e
 DELTA = 0.02  # cosines over which trust rises from a half to 0.73
 NEIGHBOURS = 3
@@ -46,7 +47,8 @@ CONTEXT = (*OWN, *(f"{LEVELS[level]} {name}" for level in RELATED for name in SE
 @dataclass(frozen=True, eq=False)
 class Structure:
     """The prototypes as relations use them, on one device: centred unit visual centres (M_l, D) of each level with
-    the widths (M_l,) tau phi of their softmax, their rows in the bank, what is subtracted (D,), and the root (D,)."""
+    the widths (M_l,) tau phi of their softmax, their rows in the bank, what is subtracted (D,), and the root (D,). And
+    the raw visual and text centres (M_3, D) of the modes, which a neighbours' loss needs."""
 
     visual: Mapping[int, Tensor]
     width: Mapping[int, Tensor]
@@ -54,6 +56,9 @@ class Structure:
     mean: Tensor
     root: Tensor
     names: tuple[str, ...]
+    modes: Tensor
+    captions: Tensor
+    kind: str = "real"
 
     @classmethod
     def of(cls, bank: PrototypeBank, device: torch.device | str = "cpu") -> Structure:
@@ -66,7 +71,25 @@ class Structure:
             torch.from_numpy(bank.visual_mean).to(device),
             torch.from_numpy(bank.root.visual).to(device),
             bank.names,
+            torch.from_numpy(bank.visual[rows[MODE]]).to(device),
+            torch.from_numpy(bank.text[rows[MODE]]).to(device),
         )
+
+    def control(self, kind: str, seed: int = 0) -> Structure:
+        """One of PROTOTYPES: `permuted` shuffles the dimensions of all centres alike, so that they keep their geometry
+        and lose their meaning; `random` draws directions; `none` hides the relation from `amounts`."""
+        if kind not in PROTOTYPES:
+            raise ValueError(f"no prototypes {kind!r}; choose from {', '.join(PROTOTYPES)}.")
+        rng = np.random.default_rng(seed)
+        made = dict(self.visual)
+        order = torch.from_numpy(rng.permutation(len(self.mean)))
+        for level, centres in self.visual.items():
+            if kind == "permuted":
+                made[level] = centres[:, order.to(centres.device)].contiguous()
+            elif kind == "random":
+                drawn = torch.from_numpy(rng.standard_normal(tuple(centres.shape), dtype=np.float32))
+                made[level] = F.normalize(drawn, dim=-1).to(centres)
+        return replace(self, visual=made, kind=kind)
 
     def centre(self, features: Tensor) -> Tensor:
         """norm(f - mean) of raw image features (..., D)."""
@@ -136,13 +159,15 @@ def context(structure: Structure, relation: Relation, originals: Tensor, texts: 
         together.amax(),
         objectives.entropy(together) / full,
     ]
-    seen = []
+    seen: list[Tensor | float] = []
     for level in RELATED:
         w = relation.weights[level]
         most = math.log(max(w.shape[1], 2))
         mean = objectives.entropy(w.mean(0)) / most
         seen += [mean, mean - objectives.entropy(w).mean() / most, relation.nearest[level].mean(),
                  relation.together[level].mean()]  # fmt: skip
+    if structure.kind == "none":
+        seen = [0.0] * len(seen)
     return torch.stack([torch.as_tensor(x, dtype=torch.float32, device=originals.device) for x in (*own, *seen)])
 
 
@@ -239,6 +264,18 @@ def move(base: Tensor, along: Mapping[str, Tensor], amounts: Amounts) -> tuple[T
         moved = moved + amounts[name] * along[name]
     log_prior = prior(moved, amounts["likelihood"], amounts["concentration"])
     return moved + amounts["prior"] * log_prior, log_prior
+
+
+def neighbours(structure: Structure, relation: Relation, texts: Tensor, tuned: Tensor, scale: float) -> Tensor:
+    """The neighbours' loss (E,): cross-entropy of the prototypes near a request under class features `tuned` (E, K, D).
+
+    docs/method.md, L_inv, for a host whose variables are the request's own classes: a mode is a labelled sample whose
+    label is what its captions say of the classes under the frozen `texts` (K, D).
+    """
+    weights = relation.weights[MODE].mean(0)
+    label = (scale * structure.captions @ texts.T).softmax(-1)
+    log_p = (scale * structure.modes @ tuned.mT).log_softmax(-1)
+    return -(weights[:, None] * label * log_p).sum(dim=(-2, -1))
 
 
 def trust(novelty: Tensor, least: Tensor | float) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gram_core import gram, objectives
-from gram_core.adapt import UPDATES, adapt, of
+from gram_core.adapt import UPDATES, Regulate, adapt, of
 from gram_core.episodes import SUPERVISED, Episode
 from gram_core.gram import Structure
 from gram_core.meta import Metrics, ResidualLearner, Tasks, World
 from gram_core.prompts.residual import shifted
+from gram_core.regulators import Context, bind
 from gram_core.types import Params
 
 MARGINS = (0.0, 0.2, 0.4, 0.8, 1.2, 1.6, 2.4, 3.2, 4.8, 6.4)
@@ -91,6 +92,26 @@ class GramLearner(ResidualLearner):
         before, own = F.cross_entropy(told.base, labels), F.cross_entropy(told.answer, labels)
         return metrics | {"gain": right["gram"] - right["zero-shot"], "request": float(own), "zero-shot": float(before)}
 
+    def _regulate(self, params: Params, episode: Episode) -> Regulate:
+        """The regulator with what it may know: for `structure` the gradient of the neighbours' loss at the start, how
+        far it is trusted, and how much it is needed."""
+        weights = {key.removeprefix("regulator."): w for key, w in params.items() if key.startswith("regulator.")}
+        known = Context(images=float(len(episode.support)))
+        if self.config.regulator == "structure":
+            texts = self._texts(episode.classes)
+            originals = episode.support[:, 0].to(texts)
+            relation = gram.relate(self.structure, originals, episode.masked)
+
+            def loss(p: Params) -> Tensor:
+                return gram.neighbours(self.structure, relation, texts, shifted(texts, p["residual"]), self.scale)
+
+            start = {name: p.detach() for name, p in self._start(params, texts).items()}
+            with torch.no_grad():
+                need = 1 - (-loss(start)).exp()
+                sure = gram.trust(relation.novelty, params["trust.least"][0, 0].detach())
+            known = replace(known, structure=of(loss)(start), trust=sure, need=need)
+        return bind(self.regulator, weights, known)
+
     def tell(self, params: Params, episode: Episode) -> Told:
         """Answer a simulated request as the server does; differentiable in `params` but for the joint tuning."""
         views = episode.support.to(self.texts)
@@ -104,9 +125,6 @@ class GramLearner(ResidualLearner):
             relation = gram.relate(structure, originals, episode.masked)
             seen = gram.context(structure, relation, originals, base_texts, self.scale)
             along = gram.directions(structure, views, base_texts, base, tuned, self.scale)
-        if not self.config.structure:
-            seen = seen.clone()
-            seen[len(gram.OWN) :] = 0.0
         moved, _ = gram.move(base, along, gram.amounts(params, seen))
         sure = gram.trust(relation.novelty, params["trust.least"][0, 0])
         return Told(base, plain, gram.settle(base, plain, moved, sure), seen, relation.novelty)
@@ -167,8 +185,8 @@ def survey(learner: GramLearner, params: Params, tasks: Tasks[Episode], count: i
 
 
 def margin(learner: GramLearner, params: Params, tasks: Tasks[Episode], numbers: range, world: World) -> Tensor:
-    """The smallest of MARGINS (1, 1) with which simulated requests of equally frequent classes do not lose on average,
-    whatever their size; the largest where none is enough."""
+    """The smallest of MARGINS (1, 1) with which simulated requests of equally frequent classes lose no more than the
+    standard error of their mean, whatever their size; the largest of them if none is enough."""
     rows: list[list[Any]] = []
     with torch.no_grad():
         for i in world.share(numbers):
@@ -185,8 +203,8 @@ def margin(learner: GramLearner, params: Params, tasks: Tasks[Episode], numbers:
             rows.append([i, len(labels), *gains])
     rows = sorted(row for part in world.gather(rows) for row in part)
     for place, each in enumerate(MARGINS):
-        means = [_mean([r[2 + place] for r in rows if low < r[1] <= high]) for low, high in _ranges(BUCKETS)]
-        if min(means) >= 0:
+        sizes = [[r[2 + place] for r in rows if low < r[1] <= high] for low, high in _ranges(BUCKETS)]
+        if min(map(_at_best, sizes)) >= 0:
             return torch.full((1, 1), each)
     return torch.full((1, 1), MARGINS[-1])
 
@@ -195,5 +213,9 @@ def _ranges(edges: Sequence[int]) -> list[tuple[float, float]]:
     return list(zip((0.0, *edges[:-1]), (*edges[:-1], math.inf), strict=True))
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _at_best(values: Sequence[float]) -> float:
+    """Mean plus its standard error; 0 of nothing."""
+    if len(values) < 2:
+        return max(values, default=0.0)
+    x = torch.tensor(values, dtype=torch.float64)
+    return float(x.mean() + x.std() / math.sqrt(len(values)))

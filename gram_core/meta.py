@@ -310,7 +310,7 @@ class LearnerConfig:
 
     regulator: str = option("identity", "gradient regulator: a name in gram_core.regulators")
     start: bool = option(False, "learn where the residual starts, as a map of class features")
-    structure: bool = option(True, "let the amounts see the relation to the prototypes")
+    prototypes: str = option("real", "what requests are related to; controls: permuted, random, none")
     hidden: int = option(16, "units of the amounts' layer")
     harm: float = option(2.0, "weight of what a request loses against zero-shot")
     even: float = option(2.0, "weight of requests of equally frequent classes")

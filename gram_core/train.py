@@ -39,6 +39,7 @@ from gram_core.gram import Structure
 from gram_core.learner import GramLearner, margin, survey
 from gram_core.meta import LearnerConfig, MetaConfig, World
 from gram_core.pairs import PairsConfig, Source, open_sources
+from gram_core.sources import TABLES
 from gram_core.text import TextEncoder
 from gram_core.types import Params
 from gram_core.unseen import UnseenConfig, ViewCache
@@ -49,7 +50,7 @@ from prototypes.hierarchy import LEVELS, Hierarchy, load_hierarchy, save_hierarc
 
 PROGRAM = "python -m gram_core.train"
 FEATURES, VIEWS, TREE, META, CHECKPOINT = "features", "views", "tree", "meta", "checkpoint"
-MADE = "made.json"
+MADE, SEEN = "made.json", "seen.json"
 PATIENCE = timedelta(days=7)  # a stage that one process does alone: torchrun ends the others if it fails
 
 
@@ -153,7 +154,7 @@ def run(config: TrainConfig, console: Console) -> Checkpoint | None:
         root=torch.from_numpy(_root(config, bank).visual).to(backbone.device),  # the one that is served
         scale=backbone.logit_scale,
         config=config.learner,
-        structure=Structure.of(bank, backbone.device),
+        structure=_structure(config, bank, backbone),
     )
     surveyed = survey(learner, learner.init(torch.Generator()), training, config.learner.survey, world)
     learner = replace(learner, surveyed=surveyed)
@@ -184,9 +185,11 @@ def run(config: TrainConfig, console: Console) -> Checkpoint | None:
         "lr": config.learner.lr,
         "update": config.learner.update,
         "root": config.learner.root,
+        "prototypes": config.learner.prototypes,
         "views": config.views.views,
         "view_scale": list(config.views.scale),
     }
+    _list_seen(out, sources)
     return _finish(out / CHECKPOINT, bank, params, config.learner.regulator, settings, facts, console)
 
 
@@ -280,9 +283,30 @@ def _root(config: TrainConfig, bank: PrototypeBank) -> Root:
         return load_root(folder, fingerprint=bank.fingerprint) or bank.root
 
 
+def _structure(config: TrainConfig, bank: PrototypeBank, backbone: Backbone) -> Structure:
+    with _in_words():
+        return Structure.of(bank, backbone.device).control(config.learner.prototypes)
+
+
 def _counts(tree: Hierarchy, bank: PrototypeBank) -> dict[str, Any]:
     levels = {LEVELS[level]: [len(tree.nodes(level)), len(bank.rows(level))] for level in range(len(LEVELS))}
     return {"pairs": len(tree.keys), "nodes and prototypes": levels, "dropped": dict(tree.facts.get("dropped", {}))}
+
+
+def _list_seen(out: Path, sources: Sequence[Source]) -> None:
+    """`seen.json` beside the checkpoint: the images of class folders that the pairs were read from. The harness leaves
+    them out of what it measures."""
+    labelled = [source.name for source in sources if source.path.suffix.lower() not in (".tar", *TABLES)]
+    lists: dict[str, list[str]] = {}
+    with (out / FEATURES / "keys.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            key = str(json.loads(line)["key"])
+            for name in labelled:
+                if key.startswith(f"{name}/"):
+                    lists.setdefault(name, []).append(key.removeprefix(f"{name}/"))
+    (out / CHECKPOINT).mkdir(parents=True, exist_ok=True)
+    with pairs.beside(out / CHECKPOINT / SEEN) as file:
+        file.write(pairs.json_line({"seen": {name: sorted(keys) for name, keys in lists.items()}}))
 
 
 def _finish(

@@ -31,9 +31,11 @@ from gram_core.evaluate.store import Store, key_of
 
 PART = 128  # images that a per-image method answers between two saves
 TOGETHER = 16  # requests that are answered between two saves
-# What says nothing about an answer: where images come from, and what is made of answers. All else is in `code_hash`.
+# What says nothing about an answer: where images come from, what is made of answers, and how a checkpoint was trained
+# (its own hash is in the key). All else is in `code_hash`.
 ASIDE = ("__init__", "__main__", "corruptions", "cost", "data", "options", "readout", "report", "run", "store",
          "suites")  # fmt: skip
+OFFLINE = ("domains", "episodes", "learner", "meta", "pairs", "phrases", "train", "unseen")
 
 
 @dataclass
@@ -152,6 +154,7 @@ class Cells:
             else hashlib.sha256(classifier.root.cpu().numpy().tobytes()).hexdigest(),
             device=str(classifier.backbone.device.type),
             dtype=str(classifier.backbone.dtype),
+            checkpoint=classifier.info.checkpoint_sha256 if name.startswith("gram") else None,
             method=name,
             settings=settings_of(method, classifier),
             views=[views.count, *views.scale, views.seed],
@@ -179,7 +182,8 @@ class Cells:
 def code_hash() -> str:
     """Hash of every module that an answer may depend on: answers of other code are not read back."""
     root = Path(gram_core.__file__).parent
-    paths = [p for p in sorted(root.rglob("*.py")) if p.parent.name != "evaluate" or p.stem not in ASIDE]
+    unused = {root / "evaluate" / f"{name}.py" for name in ASIDE} | {root / f"{name}.py" for name in OFFLINE}
+    paths = [path for path in sorted(root.rglob("*.py")) if path not in unused]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
 

@@ -8,20 +8,21 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gram_core import baselines
+from gram_core import baselines, gram
 from gram_core.classifier import Classifier, Seen
 from gram_core.errors import InvalidConfig
 from gram_core.evaluate.features import PLAIN, Views
 from gram_core.prompts import METHODS as HOSTS
 from gram_core.text import ClassSet
 from gram_core.types import Params, Tuning
+from prototypes.hierarchy import MODE
 
 EPISODE_TEXTS = 512  # class texts tuned in one pass; bounds the memory of per-image tuning
 
@@ -137,6 +138,42 @@ def _tda(scene: Scene, seen: Seen, state: State) -> tuple[Outcome, State]:
     return Outcome(torch.stack(rows)), bank
 
 
+def _controlled(kind: str, scene: Scene, seen: Seen) -> Outcome:
+    """gram as served, with other prototypes at test time than those it was learned with."""
+    return _served("gram", "auto", replace(scene, classifier=_control(scene.classifier, kind)), seen)
+
+
+def _control(classifier: Classifier, kind: str) -> Classifier:
+    """A control of `classifier`: other prototypes, or weights that learned nothing; made once."""
+    assert classifier.learned is not None
+    if kind not in classifier.controls:
+        learned = classifier.learned
+        if kind == "untrained":
+            generator = torch.Generator().manual_seed(0)
+            fresh = gram.init(generator)
+            out = torch.randn(fresh["amounts.out"].shape, generator=generator)  # as large as a layer usually starts
+            drawn = fresh | {"amounts.out": out / out.shape[1] ** 0.5}
+            kept = {n: w for n, w in learned.checkpoint.params.items() if not n.startswith("amounts.")}
+            params = kept | {n: w for n, w in drawn.items() if n.startswith("amounts.")}
+            learned = replace(learned, checkpoint=replace(learned.checkpoint, params=params))
+            classifier.controls[kind] = classifier.variant(learned)
+        else:
+            classifier.controls[kind] = classifier.variant(learned, classifier.structure.control(kind))
+    return classifier.controls[kind]
+
+
+def _neighbours(scene: Scene, seen: Seen) -> Tensor:
+    """The prototypes as an ensemble without tuning: half zero-shot, half what the modes near the image say of the
+    classes, by the captions they stand for."""
+    classifier = scene.classifier
+    assert classifier.learned is not None
+    bank = classifier.learned.bank
+    weights = gram.relate(classifier.structure, seen.originals).weights[MODE]
+    named = torch.from_numpy(bank.text[bank.rows(MODE)]).to(weights.device)
+    said = weights @ (scene.scale * named @ scene.texts.T).softmax(-1)
+    return 0.5 * (baselines.zero_shot(seen.originals, scene.texts, scene.scale) + said)
+
+
 def _infomax(host: str, rooted: bool, scene: Scene, seen: Seen) -> Tensor:
     """The bare tuning: every image takes the tuned answer, at the model's own temperature."""
     classifier = scene.classifier
@@ -159,6 +196,7 @@ def _joint(label: str, answer: Answer, host: str = "residual") -> Method:
     return Method(label=label, paper="docs/method.md, eq. 1 to 4", unit="batch", sees="mild", answer=answer, host=host)
 
 
+GRAM_PAPER = "docs/method.md, GRAM"
 TPT_PAPER = "Shu et al., NeurIPS 2022"
 _STEP: dict[str, float | str] = {"keep": 0.1, "lr": 5e-3, "steps": 1}
 
@@ -239,6 +277,25 @@ METHODS: dict[str, Method] = {
         answer=_alone(_stata),
         settings={"alpha": 1.0, "neighbours": 3},
     ),
+    "gram": _joint("GRAM as served", _alone(partial(_served, "gram", "auto"))),
+    "gram-image": Method(
+        label="GRAM, one image at a time",
+        paper=GRAM_PAPER,
+        unit="image",
+        sees="mild",
+        host="residual",
+        answer=_alone(partial(_served, "gram", "image")),
+    ),
+    "gram-permuted": _joint("GRAM, prototypes permuted at test time", _alone(partial(_controlled, "permuted"))),
+    "gram-random": _joint("GRAM, random prototypes at test time", _alone(partial(_controlled, "random"))),
+    "gram-untrained": _joint("GRAM, random-weight regulator", _alone(partial(_controlled, "untrained"))),
+    "gram-ensemble": Method(
+        label="prototypes as an ensemble, no tuning",
+        paper=GRAM_PAPER,
+        unit="image",
+        sees="original",
+        answer=_alone(_neighbours),
+    ),
     "infomax": _joint("infomax as served", _alone(partial(_served, "infomax", "auto"))),
     "infomax-root": _joint("infomax, root rule alone", _alone(partial(_infomax, "residual", True))),
     "infomax-plain": _joint("infomax, plain", _alone(partial(_infomax, "residual", False))),
@@ -250,10 +307,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-# Named so that a command which lists them runs everywhere; why they can't run is said and they are left out.
-ABSENT = {"gram": "this version has no meta-trained prompt and regulator"}
-
-
 def choose(names: tuple[str, ...], classifier: Classifier) -> tuple[dict[str, Method], list[str]]:
     """The methods asked for that this model can run, zero-shot first; and one sentence for each that it can't.
 
@@ -261,11 +314,11 @@ def choose(names: tuple[str, ...], classifier: Classifier) -> tuple[dict[str, Me
     """
     chosen, left_out = {"zero-shot": METHODS["zero-shot"]}, []
     for name in names:
-        if name not in METHODS and name not in ABSENT:
+        if name not in METHODS:
             near = difflib.get_close_matches(name, METHODS, 1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise InvalidConfig(f"no method {name!r}; {hint}Choose from {', '.join(METHODS)}.")
-        reason = ABSENT.get(name) or _why_not(METHODS[name], name, classifier)
+        reason = _why_not(METHODS[name], name, classifier)
         if reason is None:
             chosen[name] = METHODS[name]
         else:
@@ -274,6 +327,8 @@ def choose(names: tuple[str, ...], classifier: Classifier) -> tuple[dict[str, Me
 
 
 def _why_not(method: Method, name: str, classifier: Classifier) -> str | None:
+    if name.startswith("gram") and classifier.learned is None:
+        return classifier.info.checkpoint_note
     if method.host is not None and method.host not in classifier.hosts:
         return HOSTS[method.host].why_not(classifier.texts)
     if name.startswith("infomax") and not name.endswith("plain") and classifier.root is None:
@@ -294,7 +349,7 @@ def views_of(method: Method, classifier: Classifier, crops: str, seed: int) -> V
 def settings_of(method: Method, classifier: Classifier) -> dict[str, float | str]:
     """Everything that makes this row what it is, as plain JSON."""
     if method.unit == "batch" and method.host is not None:
-        config = classifier.configs["infomax"]
+        config = classifier.configs["gram" if method.label.startswith("GRAM") else "infomax"]
         return {**method.settings, "host": method.host, "lr": config.lr[method.host], "steps": config.steps,
                 "update": config.update}  # fmt: skip
     return dict(method.settings)

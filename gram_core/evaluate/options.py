@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from gram_core import backbone as towers
 from gram_core.config import option
@@ -24,6 +27,9 @@ class EvaluateConfig:
     """Every option of `python -m gram_core.evaluate`; a recipe is a TOML file with the same names."""
 
     model: str = option("gram-mini", "model as in GRAM_MODEL: bundled, NAME/TAG, a directory or hf-hub:ORG/REPO")
+    checkpoint: Path | None = option(None, "folder of the GRAM checkpoint, as GRAM_CHECKPOINT; else the model's own")
+    checkpoints: dict[str, str] = option({}, "NAME=FOLDER: a row gram:NAME for a checkpoint that was trained otherwise")
+    seen: str = option("seen.json", "list beside the checkpoint of images it was trained on: no set shows these")
     larger: str | None = option(None, "a second, larger model: its frozen zero-shot stands beside the methods")
     data: tuple[Path, ...] = option(
         (), "image folders, zips of folders, .tar shards, CSVs, or a folder that holds any of these", whole=True
@@ -118,10 +124,12 @@ def open_sets(config: EvaluateConfig, say: Callable[[str], None]) -> list[Labell
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise InvalidData(f"no set matches {pattern!r}; {hint}Found: {', '.join(names)}.")
     wanted = [s for s in found if not config.sets or any(_matches(s.name, p) for p in config.sets)]
+    seen = _seen(config)
     made = []
     for given in wanted:
         roles = [role for pattern, role in config.roles.items() if _matches(given.name, pattern)]
         given = replace(given, role=roles[-1] if roles else given.role)
+        given = _without(given, seen)
         least = config.per_class * len(given.classes)
         chosen = given.subsample(max(config.images, least), seed=0) if config.images else given
         if len(chosen) < len(given):
@@ -133,6 +141,30 @@ def open_sets(config: EvaluateConfig, say: Callable[[str], None]) -> list[Labell
             for name, severity in corruptions.parse(text):
                 made.append(_disturbed(chosen, name, severity, config.corrupt_seed))
     return made
+
+
+def _seen(config: EvaluateConfig) -> frozenset[str]:
+    """SET/FILE of every image that the checkpoint was trained on."""
+    folder = config.checkpoint or towers.locate(config.model, config.model_dir).folder
+    try:
+        lists = json.loads((folder.expanduser() / config.seen).read_bytes())["seen"]
+        return frozenset(f"{name}/{key}" for name, keys in lists.items() for key in keys)
+    except FileNotFoundError:
+        return frozenset()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidData(
+            f'{folder / config.seen} is no list of images ({error!r}): {{"seen": {{SET: [FILE, ...]}}}}.'
+        ) from None
+
+
+def _without(given: LabelledSet, seen: frozenset[str]) -> LabelledSet:
+    """The set without the images that training saw; a note says how many there were."""
+    left = np.array([i for i, key in enumerate(given.keys) if f"{given.name}/{key}" not in seen], dtype=np.int64)
+    if len(left) in (0, len(given)):  # nothing to leave out, or nothing else: then its role should say "training"
+        return given
+    made = given.take(left)
+    note = f"{len(given) - len(made)} images that meta-training saw are left out."
+    return replace(made, notes=(*made.notes, note))
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from gram_core import backbone as towers
-from gram_core.classifier import Classifier
+from gram_core.classifier import Classifier, load_learned
 from gram_core.errors import InvalidData
 from gram_core.evaluate import cost, readout, report
 from gram_core.evaluate.cells import Cells, Meter
@@ -80,7 +80,7 @@ class _Run:
     def __init__(self, config: EvaluateConfig, store: Store, say: Callable[[str], None]) -> None:
         self.config, self.store, self.say = config, store, say
         self.commit = _commit()
-        self.classifier = _load(config, config.model)
+        self.classifier = _load(config, config.model, config.checkpoint)
         self.larger = _load(config, config.larger) if config.larger else None
         chosen, self.left_out = choose(config.methods, self.classifier)
         self.kinds = protocols(config.protocols, config.kinds, config.sizes, config.stream_size)
@@ -88,12 +88,23 @@ class _Run:
         if self.larger is not None:
             label = f"larger frozen model ({self.larger.info.name})"
             self.rows[LARGER] = (replace(METHODS["zero-shot"], label=label), PLAIN)
+        self.others = {f"gram:{name}": self._trained(name, Path(path)) for name, path in config.checkpoints.items()}
+        for name in self.others:
+            row = replace(METHODS["gram"], label=f"GRAM, {name.removeprefix('gram:')}")
+            self.rows[name] = row, views_of(row, self.classifier, config.crops, config.view_seed)
         self.sets: list[dict[str, Any]] = []
         self.cells: list[dict[str, Any]] = []
         self.reliability: dict[tuple[str, Protocol], list[readout.Diagram]] = {}
         self.skew = readout.BySkew(min(config.draws, 500))
         self.compared: dict[tuple[Protocol, str], list[tuple[str, Comparison]]] = {}
         self.costs: dict[str, list[dict[str, float]]] = {name: [] for name in self.rows}
+
+    def _trained(self, name: str, folder: Path) -> Classifier:
+        """The same model with the checkpoint in `folder`."""
+        learned, why = load_learned(folder.expanduser(), self.classifier.backbone.fingerprint)
+        if learned is None:
+            raise InvalidData(f"checkpoints.{name}: {why} in {folder}. Name the folder that training wrote.")
+        return self.classifier.variant(learned)
 
     def measure(self, given: LabelledSet, progress: Progress, label: str, counts: bool) -> Iterator[str]:
         """Every method under every protocol on one set; yields its predictions as lines if they are asked for.
@@ -112,6 +123,8 @@ class _Run:
             if theirs.digest != features.digest:
                 raise InvalidData(f"set {given.name!r} changed while it was read; run the command again.")
             every[LARGER] = self._cells(self.larger, theirs)
+        for name, other in self.others.items():
+            every[name] = self._cells(other, features)
         started = time.perf_counter()
         self.classifier.texts.encode_afresh(own.scene.classes)
         text_ms = (time.perf_counter() - started) * 1000
@@ -306,8 +319,10 @@ def _set(given: LabelledSet, features: Features, ms: dict[str, float]) -> dict[s
     }
 
 
-def _load(config: EvaluateConfig, model: str) -> Classifier:
-    return Classifier.load(model, device=config.device, precision=config.precision, model_dir=config.model_dir)
+def _load(config: EvaluateConfig, model: str, checkpoint: Path | None = None) -> Classifier:
+    return Classifier.load(
+        model, device=config.device, precision=config.precision, model_dir=config.model_dir, checkpoint=checkpoint
+    )
 
 
 def _scene(classifier: Classifier, given: LabelledSet, config: EvaluateConfig) -> Scene:
@@ -327,6 +342,7 @@ def _model(classifier: Classifier) -> dict[str, Any]:
         "weights_sha256": info.weights_sha256,
         "image_size": info.image_size,
         "parameters": info.parameters,
+        "checkpoint_sha256": info.checkpoint_sha256,
         "logit_scale": round(info.logit_scale, 3),
         "gflops_image": round(cost.image_gflops(classifier), 6),
         "gflops_text": round(cost.text_gflops(classifier), 6),
