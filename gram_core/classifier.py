@@ -67,6 +67,7 @@ class TuneConfig:
     update: str
     view_scale: tuple[float, float]
     keep: float = 1.0
+    root: bool = True  # rehearsed in the joint loss
 
 
 # Chosen on the choosing sets (benchmarks/RESULTS.md): mild crops, small steps; strong crops and 1e-3 lost on CIFAR-10.
@@ -545,7 +546,7 @@ class Classifier:
             classes,
             start,
             features[None],
-            root=self.root,
+            root=self.root if config.root else None,
             lr=config.lr[plan.host],
             steps=plan.steps,
             update=config.update,
@@ -791,7 +792,12 @@ def _config_of(checkpoint: Checkpoint) -> TuneConfig:
         scale = (float(s["view_scale"][0]), float(s["view_scale"][1]))
         lr = {str(s["host"]): float(s["lr"])}
         return TuneConfig(
-            steps=int(s["steps"]), views=int(s["views"]), lr=lr, update=str(s["update"]), view_scale=scale
+            steps=int(s["steps"]),
+            views=int(s["views"]),
+            lr=lr,
+            update=str(s["update"]),
+            view_scale=scale,
+            root=bool(s.get("root", True)),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InvalidCheckpoint(f"the checkpoint's settings can't be read ({error!r}); train it again.") from error

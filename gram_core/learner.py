@@ -118,11 +118,12 @@ class GramLearner(ResidualLearner):
         seen = views.reshape(b * v, d)
         start = self._start(weights, texts)
         rho = objectives.rehearsal_weight((self.scale * seen @ texts.T).softmax(-1).mean(0, keepdim=True), b)
+        root = self.root if self.config.root else None
 
         def loss(p: Params) -> Tensor:
             own = shifted(texts, p["residual"])
             logits = self.scale * (seen @ own.mT).reshape(1, b, v, -1)
-            return objectives.infomax(logits, None if self.root is None else self.scale * self.root @ own.mT, rho)
+            return objectives.infomax(logits, None if root is None else self.scale * root @ own.mT, rho)
 
         tuned = adapt(
             of(loss),
