@@ -786,7 +786,14 @@ def load_learned(folder: Path, fingerprint: str) -> tuple[Learned | None, str | 
 
 
 def _config_of(checkpoint: Checkpoint) -> TuneConfig:
-    """How the checkpoint was trained to tune; raises InvalidCheckpoint where its header doesn't say."""
+    """How the checkpoint was trained to tune; raises InvalidCheckpoint where its header doesn't say, or where that is
+    not what `Classifier` does."""
+    if checkpoint.regulator != "identity" or checkpoint.part("start"):
+        what = "a start" if checkpoint.part("start") else f"regulator {checkpoint.regulator!r}"
+        raise InvalidCheckpoint(
+            f"the checkpoint was trained with {what}, which is not served; train it with learner.regulator "
+            '"identity" and learner.start false.'
+        )
     try:
         s: Any = checkpoint.settings
         scale = (float(s["view_scale"][0]), float(s["view_scale"][1]))
