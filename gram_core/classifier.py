@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gram_core import backbone as towers
 from gram_core import baselines, gram, objectives, views
+from gram_core.adapt import UPDATES
 from gram_core.backbone import Backbone, file_sha256
 from gram_core.checkpoint import Checkpoint, load_checkpoint
 from gram_core.errors import (
@@ -777,10 +778,10 @@ def load_learned(folder: Path, fingerprint: str) -> tuple[Learned | None, str | 
         raise InvalidCheckpoint(f"{folder} holds a checkpoint without its prototype bank; restore bank.safetensors.")
     if file_sha256(folder / "bank.safetensors") != checkpoint.bank_sha256:
         raise InvalidCheckpoint(f"the checkpoint in {folder} was trained with another prototype bank; restore that.")
-    expected = gram.init()
-    for name, w in expected.items():
+    first = checkpoint.params.get("amounts.hidden")
+    for name, w in gram.init(hidden=gram.HIDDEN if first is None else first.shape[-1]).items():
         got = checkpoint.params.get(name)
-        if got is None or (name.startswith("context.") and got.shape != w.shape):
+        if got is None or got.shape != w.shape:
             raise InvalidCheckpoint(f"the checkpoint in {folder} lacks `{name}`, or has another shape; train it again.")
     return Learned(checkpoint, bank), None
 
@@ -798,6 +799,7 @@ def _config_of(checkpoint: Checkpoint) -> TuneConfig:
         s: Any = checkpoint.settings
         scale = (float(s["view_scale"][0]), float(s["view_scale"][1]))
         lr = {str(s["host"]): float(s["lr"])}
+        _ = METHODS[str(s["host"])], UPDATES[str(s["update"])]
         return TuneConfig(
             steps=int(s["steps"]),
             views=int(s["views"]),
