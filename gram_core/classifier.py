@@ -594,9 +594,8 @@ class Classifier:
         accepted = gram.accepted(base, answer, self.weights["accept.margin"][0, 0])
         if reason is not None:
             accepted = torch.zeros_like(accepted)
-        shares = (log_prior - log_prior.logsumexp(-1)).softmax(-1)
-        own = (amounts["tuned"] * along["tuned"]).norm(dim=-1)
-        whole = (answer - base - amounts["tuned"] * along["tuned"]).norm(dim=-1)
+        added = trust * (moved - base - amounts["tuned"] * along["tuned"])
+        theirs, own = added.norm(dim=-1), (answer - base - added).norm(dim=-1)
         return replace(
             plain,
             logits=answer,
@@ -605,8 +604,8 @@ class Classifier:
             temperature=1.0,
             ms=(time.perf_counter() - started) * 1000,
             trust=float(trust),
-            skew=float(1 - objectives.entropy(shares) / np.log(len(classes))),
-            share=whole / (own + whole).clamp_min(1e-12),
+            skew=float((1 - objectives.entropy(log_prior.softmax(-1)) / np.log(len(classes))).clamp(0, 1)),
+            share=theirs / (own + theirs).clamp_min(1e-12),
         )
 
     def _tune_alone(self, features: Tensor, original: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan) -> _Tuned:
