@@ -252,7 +252,14 @@ class Classifier:
 
     def variant(self, learned: Learned, structure: Structure | None = None) -> Classifier:
         """The same towers and texts with other weights, or other prototypes at test time: what an ablation needs."""
-        made = Classifier(self.backbone, None if self.root is None else self.root.cpu().numpy(), learned=learned)
+        made = Classifier(
+            self.backbone,
+            None if self.root is None else self.root.cpu().numpy(),
+            learned=learned,
+            kl_cap=self.kl_cap,
+            infomax=self.configs["infomax"],
+            tpt=self.configs["tpt"],
+        )
         made.texts, made.hosts, made.kept = self.texts, self.hosts, self.kept
         if structure is not None:
             made.structure = structure
