@@ -675,6 +675,7 @@ class Classifier:
             return results
         scale, texts = self.backbone.logit_scale, self.texts.features(classes)
         near = None if self.learned is None else gram.relate(self.structure, seen.originals)
+        concepts = None if near is None else self._concepts(near)
         made = []
         for n, (result, (own, row)) in enumerate(zip(results, tuned, strict=True)):
             entropies = objectives.entropy((scale * seen.views[n] @ texts.T).softmax(-1)).tolist()
@@ -695,20 +696,8 @@ class Classifier:
                     for v, (crop, entropy) in enumerate(zip(crops, entropies, strict=True))
                 )[:TOLD_VIEWS],
             )
-            if near is not None and self.learned is not None:
-                weights, rows = near.weights[CONCEPT][n], self.structure.rows[CONCEPT]
-                names: dict[str, float] = {}
-                for place in weights.argsort(descending=True, stable=True).tolist():
-                    name = self.structure.names[int(rows[place])]
-                    names[name] = names.get(name, 0.0) + float(weights[place])
-                    if len(names) > TOLD_PROTOTYPES:
-                        break
-                top = sorted(names.items(), key=lambda item: -item[1])[:TOLD_PROTOTYPES]
-                told = replace(
-                    told,
-                    prototypes=tuple(PrototypeSeen(name, weight) for name, weight in top),
-                    shift=1 - float(near.nearest[MODE][n]),
-                )
+            if near is not None and concepts is not None:
+                told = replace(told, prototypes=concepts[n], shift=max(0.0, 1 - float(near.nearest[MODE][n])))
             if own is not None:
                 moved = None if own.variables is None else _shift(own.variables, self._at_start(plan, classes))
                 share = None if own.share is None else float(own.share[row])
@@ -717,6 +706,18 @@ class Classifier:
                 )
             made.append(replace(result, explanation=told))
         return made
+
+    def _concepts(self, near: gram.Relation) -> list[tuple[PrototypeSeen, ...]]:
+        """Per image, the concepts that weigh most; prototypes of one name count together."""
+        rows = self.structure.rows[CONCEPT]
+        names, place = np.unique([self.structure.names[row] for row in rows.tolist()], return_inverse=True)
+        weights = near.weights[CONCEPT].double().cpu().numpy()
+        shares = np.stack([np.bincount(place, own, len(names)) for own in weights])
+        most = np.argsort(-shares, axis=1, kind="stable")[:, :TOLD_PROTOTYPES].tolist()
+        return [
+            tuple(PrototypeSeen(str(names[i]), float(own[i])) for i in top)
+            for own, top in zip(shares, most, strict=True)
+        ]
 
     def _at_start(self, plan: Plan, classes: ClassSet) -> Params:
         assert plan.host is not None
