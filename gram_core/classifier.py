@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gram_core import backbone as towers
 from gram_core import baselines, gram, objectives, views
+from gram_core.adapt import UPDATES
 from gram_core.backbone import Backbone, file_sha256
 from gram_core.checkpoint import Checkpoint, load_checkpoint
 from gram_core.errors import (
@@ -67,6 +68,7 @@ class TuneConfig:
     update: str
     view_scale: tuple[float, float]
     keep: float = 1.0
+    root: bool = True  # rehearsed in the joint loss
 
 
 # Chosen on the choosing sets (benchmarks/RESULTS.md): mild crops, small steps; strong crops and 1e-3 lost on CIFAR-10.
@@ -252,7 +254,14 @@ class Classifier:
 
     def variant(self, learned: Learned, structure: Structure | None = None) -> Classifier:
         """The same towers and texts with other weights, or other prototypes at test time: what an ablation needs."""
-        made = Classifier(self.backbone, None if self.root is None else self.root.cpu().numpy(), learned=learned)
+        made = Classifier(
+            self.backbone,
+            None if self.root is None else self.root.cpu().numpy(),
+            learned=learned,
+            kl_cap=self.kl_cap,
+            infomax=self.configs["infomax"],
+            tpt=self.configs["tpt"],
+        )
         made.texts, made.hosts, made.kept = self.texts, self.hosts, self.kept
         if structure is not None:
             made.structure = structure
@@ -547,7 +556,7 @@ class Classifier:
             classes,
             start,
             features[None],
-            root=self.root,
+            root=self.root if config.root else None,
             lr=config.lr[plan.host],
             steps=plan.steps,
             update=config.update,
@@ -594,9 +603,8 @@ class Classifier:
         accepted = gram.accepted(base, answer, self.weights["accept.margin"][0, 0])
         if reason is not None:
             accepted = torch.zeros_like(accepted)
-        shares = (log_prior - log_prior.logsumexp(-1)).softmax(-1)
-        own = (amounts["tuned"] * along["tuned"]).norm(dim=-1)
-        whole = (answer - base - amounts["tuned"] * along["tuned"]).norm(dim=-1)
+        added = trust * (moved - base - amounts["tuned"] * along["tuned"])
+        theirs, own = added.norm(dim=-1), (answer - base - added).norm(dim=-1)
         return replace(
             plain,
             logits=answer,
@@ -605,8 +613,8 @@ class Classifier:
             temperature=1.0,
             ms=(time.perf_counter() - started) * 1000,
             trust=float(trust),
-            skew=float(1 - objectives.entropy(shares) / np.log(len(classes))),
-            share=whole / (own + whole).clamp_min(1e-12),
+            skew=float((1 - objectives.entropy(log_prior.softmax(-1)) / np.log(len(classes))).clamp(0, 1)),
+            share=theirs / (own + theirs).clamp_min(1e-12),
         )
 
     def _tune_alone(self, features: Tensor, original: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan) -> _Tuned:
@@ -669,6 +677,7 @@ class Classifier:
             return results
         scale, texts = self.backbone.logit_scale, self.texts.features(classes)
         near = None if self.learned is None else gram.relate(self.structure, seen.originals)
+        concepts = None if near is None else self._concepts(near)
         made = []
         for n, (result, (own, row)) in enumerate(zip(results, tuned, strict=True)):
             entropies = objectives.entropy((scale * seen.views[n] @ texts.T).softmax(-1)).tolist()
@@ -689,20 +698,8 @@ class Classifier:
                     for v, (crop, entropy) in enumerate(zip(crops, entropies, strict=True))
                 )[:TOLD_VIEWS],
             )
-            if near is not None and self.learned is not None:
-                weights, rows = near.weights[CONCEPT][n], self.structure.rows[CONCEPT]
-                names: dict[str, float] = {}
-                for place in weights.argsort(descending=True, stable=True).tolist():
-                    name = self.structure.names[int(rows[place])]
-                    names[name] = names.get(name, 0.0) + float(weights[place])
-                    if len(names) > TOLD_PROTOTYPES:
-                        break
-                top = sorted(names.items(), key=lambda item: -item[1])[:TOLD_PROTOTYPES]
-                told = replace(
-                    told,
-                    prototypes=tuple(PrototypeSeen(name, weight) for name, weight in top),
-                    shift=1 - float(near.nearest[MODE][n]),
-                )
+            if near is not None and concepts is not None:
+                told = replace(told, prototypes=concepts[n], shift=max(0.0, 1 - float(near.nearest[MODE][n])))
             if own is not None:
                 moved = None if own.variables is None else _shift(own.variables, self._at_start(plan, classes))
                 share = None if own.share is None else float(own.share[row])
@@ -711,6 +708,18 @@ class Classifier:
                 )
             made.append(replace(result, explanation=told))
         return made
+
+    def _concepts(self, near: gram.Relation) -> list[tuple[PrototypeSeen, ...]]:
+        """Per image, the concepts that weigh most; prototypes of one name count together."""
+        rows = self.structure.rows[CONCEPT]
+        names, place = np.unique([self.structure.names[row] for row in rows.tolist()], return_inverse=True)
+        weights = near.weights[CONCEPT].double().cpu().numpy()
+        shares = np.stack([np.bincount(place, own, len(names)) for own in weights])
+        most = np.argsort(-shares, axis=1, kind="stable")[:, :TOLD_PROTOTYPES].tolist()
+        return [
+            tuple(PrototypeSeen(str(names[i]), float(own[i])) for i in top)
+            for own, top in zip(shares, most, strict=True)
+        ]
 
     def _at_start(self, plan: Plan, classes: ClassSet) -> Params:
         assert plan.host is not None
@@ -778,22 +787,35 @@ def load_learned(folder: Path, fingerprint: str) -> tuple[Learned | None, str | 
         raise InvalidCheckpoint(f"{folder} holds a checkpoint without its prototype bank; restore bank.safetensors.")
     if file_sha256(folder / "bank.safetensors") != checkpoint.bank_sha256:
         raise InvalidCheckpoint(f"the checkpoint in {folder} was trained with another prototype bank; restore that.")
-    expected = gram.init()
-    for name, w in expected.items():
+    first = checkpoint.params.get("amounts.hidden")
+    for name, w in gram.init(hidden=gram.HIDDEN if first is None else first.shape[-1]).items():
         got = checkpoint.params.get(name)
-        if got is None or (name.startswith("context.") and got.shape != w.shape):
+        if got is None or got.shape != w.shape:
             raise InvalidCheckpoint(f"the checkpoint in {folder} lacks `{name}`, or has another shape; train it again.")
     return Learned(checkpoint, bank), None
 
 
 def _config_of(checkpoint: Checkpoint) -> TuneConfig:
-    """How the checkpoint was trained to tune; raises InvalidCheckpoint where its header doesn't say."""
+    """How the checkpoint was trained to tune; raises InvalidCheckpoint where its header doesn't say, or where that is
+    not what `Classifier` does."""
+    if checkpoint.regulator != "identity" or checkpoint.part("start"):
+        what = "a start" if checkpoint.part("start") else f"regulator {checkpoint.regulator!r}"
+        raise InvalidCheckpoint(
+            f"the checkpoint was trained with {what}, which is not served; train it with learner.regulator "
+            '"identity" and learner.start false.'
+        )
     try:
         s: Any = checkpoint.settings
         scale = (float(s["view_scale"][0]), float(s["view_scale"][1]))
         lr = {str(s["host"]): float(s["lr"])}
+        _ = METHODS[str(s["host"])], UPDATES[str(s["update"])]
         return TuneConfig(
-            steps=int(s["steps"]), views=int(s["views"]), lr=lr, update=str(s["update"]), view_scale=scale
+            steps=int(s["steps"]),
+            views=int(s["views"]),
+            lr=lr,
+            update=str(s["update"]),
+            view_scale=scale,
+            root=bool(s.get("root", True)),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise InvalidCheckpoint(f"the checkpoint's settings can't be read ({error!r}); train it again.") from error

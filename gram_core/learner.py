@@ -27,6 +27,7 @@ from gram_core.types import Params
 MARGINS = (0.0, 0.2, 0.4, 0.8, 1.2, 1.6, 2.4, 3.2, 4.8, 6.4)
 BUCKETS = (1, 8, 16, 32, 64)  # images of a request up to which margins are judged together
 LEAST = 0.05  # share of simulated requests that lie below the novelty at which trust is a half
+CONSTANT, UNHEEDED = 1e-4, 1e6  # a context that deviates by less than the one is measured by the other
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,11 +137,12 @@ class GramLearner(ResidualLearner):
         seen = views.reshape(b * v, d)
         start = self._start(weights, texts)
         rho = objectives.rehearsal_weight((self.scale * seen @ texts.T).softmax(-1).mean(0, keepdim=True), b)
+        root = self.root if self.config.root else None
 
         def loss(p: Params) -> Tensor:
             own = shifted(texts, p["residual"])
             logits = self.scale * (seen @ own.mT).reshape(1, b, v, -1)
-            return objectives.infomax(logits, None if self.root is None else self.scale * self.root @ own.mT, rho)
+            return objectives.infomax(logits, None if root is None else self.scale * root @ own.mT, rho)
 
         tuned = adapt(
             of(loss),
@@ -166,7 +168,11 @@ class GramLearner(ResidualLearner):
 
 
 def survey(learner: GramLearner, params: Params, tasks: Tasks[Episode], count: int, world: World) -> Params:
-    """The statistics of `count` simulated requests: what contexts are measured by, and from where on to trust."""
+    """The statistics of `count` simulated requests: what contexts are measured by, and from where on to trust.
+
+    A number of the context that is the same in all of them says nothing, in whatever request is served later: what
+    `amounts` makes of it has not been trained.
+    """
     rows: list[list[Any]] = []
     with torch.no_grad():
         for i in world.share(range(count)):
@@ -177,9 +183,10 @@ def survey(learner: GramLearner, params: Params, tasks: Tasks[Episode], count: i
     rows = sorted(row for part in world.gather(rows) for row in part)
     contexts = torch.tensor([row[1] for row in rows], dtype=torch.float64)
     novelty = torch.tensor([row[2] for row in rows], dtype=torch.float64)
+    spread = contexts.std(0)
     return {
         "context.mean": contexts.mean(0)[None].float(),
-        "context.spread": contexts.std(0).clamp_min(1e-4)[None].float(),
+        "context.spread": torch.where(spread < CONSTANT, UNHEEDED, spread)[None].float(),
         "trust.least": novelty.quantile(LEAST).reshape(1, 1).float(),
     }
 
@@ -204,7 +211,7 @@ def margin(learner: GramLearner, params: Params, tasks: Tasks[Episode], numbers:
     rows = sorted(row for part in world.gather(rows) for row in part)
     for place, each in enumerate(MARGINS):
         sizes = [[r[2 + place] for r in rows if low < r[1] <= high] for low, high in _ranges(BUCKETS)]
-        if min(map(_at_best, sizes)) >= 0:
+        if min(map(_at_best, sizes)) >= -1e-9:  # means of thirds and tenths don't cancel exactly
             return torch.full((1, 1), each)
     return torch.full((1, 1), MARGINS[-1])
 

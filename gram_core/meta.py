@@ -332,8 +332,11 @@ class LearnerConfig:
                 raise InvalidConfig(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}.")
         if self.steps < 0 or self.rank < 1:
             raise InvalidConfig(f"steps is {self.steps} and rank {self.rank}; give >= 0 and >= 1.")
-        if min(self.lr, self.start_rate, self.regulator_rate) < 0:
-            raise InvalidConfig("lr, start_rate and regulator_rate must be at least 0.")
+        least = {"lr": 0, "start_rate": 0, "regulator_rate": 0, "amounts_rate": 0, "harm": 0, "even": 0, "bias": 0,
+                 "settle": 0, "hidden": 1, "survey": 2}  # fmt: skip
+        for name, low in least.items():
+            if not getattr(self, name) >= low:
+                raise InvalidConfig(f"{name} is {getattr(self, name)}; it must be at least {low}.")
 
 
 Asked: TypeAlias = tuple[str, Tensor, Tensor, Tensor]
