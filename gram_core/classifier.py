@@ -230,9 +230,9 @@ class Classifier:
     ) -> Classifier:
         """Load a model from disk, with the root prototype and the GRAM checkpoint and bank beside its weights, if any.
 
-        `checkpoint` names another folder for the last two. Raises ModelUnavailable, UnsupportedTower,
-        FingerprintMismatch when root, checkpoint or bank belong to other weights, InvalidCheckpoint when one is
-        damaged, or when the folder named has none.
+        `checkpoint` names another folder for the last two. A model without a root takes the bank's own, as training
+        does. Raises ModelUnavailable, UnsupportedTower, FingerprintMismatch when root, checkpoint or bank belong to
+        other weights, InvalidCheckpoint when one is damaged, or when the folder named has none.
         """
         backbone = towers.load(
             model, device=device, precision=precision, model_dir=model_dir, weights_sha256=weights_sha256
@@ -249,7 +249,9 @@ class Classifier:
             )
         learned, note = load_learned(checkpoint or towers.locate(model, model_dir).folder, backbone.fingerprint)
         if checkpoint is not None and learned is None:
-            raise InvalidCheckpoint(f"{checkpoint} can't be used: {note}. Name the folder that training wrote.")
+            raise InvalidCheckpoint(f"{checkpoint} holds no GRAM checkpoint. Name the folder that training wrote.")
+        if root is None and learned is not None:
+            root = learned.bank.root
         return cls(backbone, None if root is None else root.visual, learned=learned, note=note, **options)
 
     def variant(self, learned: Learned, structure: Structure | None = None) -> Classifier:
