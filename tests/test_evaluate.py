@@ -34,6 +34,7 @@ from gram_core.evaluate.run import evaluate
 from gram_core.evaluate.store import Store, key_of
 from prototypes.bank import Root, save_root
 from tests.conftest import TINY, write_model
+from tests.gram_fixtures import write_checkpoint
 from tests.server_fixtures import b64, live
 
 ROOT = Path(__file__).parents[1]
@@ -58,12 +59,13 @@ def write_images(folder: Path, each: int = 12) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny CLIP with a root prototype beside it."""
+    """A tiny CLIP with a root prototype, and a checkpoint with its bank, beside it."""
     folder = write_model(tmp_path_factory.mktemp("evaluate") / "tiny", TINY)
     backbone = load(str(folder), device="cpu")
     pixels = torch.from_numpy(np.random.default_rng(9).standard_normal((6, 3, 32, 32), dtype=np.float32))
     visual = F.normalize(backbone.encode_images(pixels).mean(0), dim=0).numpy()
     save_root(folder, Root(visual=visual, fingerprint=backbone.fingerprint, count=6, source="noise"))
+    write_checkpoint(folder, backbone)
     return folder
 
 
@@ -553,3 +555,36 @@ def test_the_harness_and_the_server_give_the_same_answers(model: Path, images: P
             assert [r["score"] for r in results] == pytest.approx([line["score"] for line in expected], abs=1e-6)
             changed += sum(r["adaptation"]["label_changed"] or r["adaptation"]["accepted"] for r in results)
     assert changed > 0  # tuning took part in what was compared
+
+
+# ---- GRAM ----
+
+
+def test_a_row_for_a_checkpoint_that_was_trained_otherwise(options: Make, model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    write_checkpoint(other, load(str(model), device="cpu"), seed=5)
+    same = str(model)
+    config = options(methods=("gram",), protocols=("batch",), checkpoints={"other": str(other), "same": same})
+    rows = {c["method"]: c["top1"] for c in run(config)["cells"] if c["kind"] == "iid"}
+    assert set(rows) == {"zero-shot", "gram", "gram:other", "gram:same"}
+    assert rows["gram:same"] == rows["gram"]
+    with pytest.raises(InvalidData, match="Name the folder that training wrote"):
+        run(options(methods=("gram",), checkpoints={"none": str(tmp_path / "nowhere")}))
+
+
+def test_images_that_training_saw_are_left_out_and_counted(options: Make, model: Path) -> None:
+    seen = model / "seen.json"
+    try:
+        seen.write_text(json.dumps({"seen": {"colours": ["red/00.png", "blue/03.png", "blue/gone.png"]}}))
+        (given,) = open_sets(options(), lambda _: None)
+        assert len(given) == 34
+        assert not {"red/00.png", "blue/03.png"} & set(given.keys)
+        assert "2 images that meta-training saw are left out." in given.notes
+        seen.write_text("{}")
+        with pytest.raises(InvalidData, match="is no list of images"):
+            open_sets(options(), lambda _: None)
+    finally:
+        seen.unlink()
+    (given,) = open_sets(options(), lambda _: None)
+    assert len(given) == 36

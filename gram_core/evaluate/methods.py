@@ -66,6 +66,7 @@ class Method:
         unit: what is answered together: one `image`, a `batch`, or the images of a `stream` in their order.
         sees: the `original`, `strong` crops (TPT's) or `mild` crops (the served joint tuning's).
         host: the prompt method that the towers must carry, if any.
+        tuning: the configuration of the classifier that says how a method with mild crops looks and steps.
         settings: what a reader must know to repeat it.
     """
 
@@ -75,6 +76,7 @@ class Method:
     sees: Literal["original", "strong", "mild"]
     answer: Answer
     host: str | None = None
+    tuning: str = "infomax"
     settings: Mapping[str, float | str] = field(default_factory=dict)
 
 
@@ -196,6 +198,10 @@ def _joint(label: str, answer: Answer, host: str = "residual") -> Method:
     return Method(label=label, paper="docs/method.md, eq. 1 to 4", unit="batch", sees="mild", answer=answer, host=host)
 
 
+def _gram(label: str, answer: Callable[[Scene, Seen], Tensor | Outcome]) -> Method:
+    return replace(_joint(label, _alone(answer)), paper=GRAM_PAPER, tuning="gram")
+
+
 GRAM_PAPER = "docs/method.md, GRAM"
 TPT_PAPER = "Shu et al., NeurIPS 2022"
 _STEP: dict[str, float | str] = {"keep": 0.1, "lr": 5e-3, "steps": 1}
@@ -277,18 +283,19 @@ METHODS: dict[str, Method] = {
         answer=_alone(_stata),
         settings={"alpha": 1.0, "neighbours": 3},
     ),
-    "gram": _joint("GRAM as served", _alone(partial(_served, "gram", "auto"))),
+    "gram": _gram("GRAM as served", partial(_served, "gram", "auto")),
     "gram-image": Method(
         label="GRAM, one image at a time",
         paper=GRAM_PAPER,
         unit="image",
         sees="mild",
         host="residual",
+        tuning="gram",
         answer=_alone(partial(_served, "gram", "image")),
     ),
-    "gram-permuted": _joint("GRAM, prototypes permuted at test time", _alone(partial(_controlled, "permuted"))),
-    "gram-random": _joint("GRAM, random prototypes at test time", _alone(partial(_controlled, "random"))),
-    "gram-untrained": _joint("GRAM, random-weight regulator", _alone(partial(_controlled, "untrained"))),
+    "gram-permuted": _gram("GRAM, prototypes permuted at test time", partial(_controlled, "permuted")),
+    "gram-random": _gram("GRAM, random prototypes at test time", partial(_controlled, "random")),
+    "gram-untrained": _gram("GRAM, random-weight regulator", partial(_controlled, "untrained")),
     "gram-ensemble": Method(
         label="prototypes as an ensemble, no tuning",
         paper=GRAM_PAPER,
@@ -340,7 +347,7 @@ def views_of(method: Method, classifier: Classifier, crops: str, seed: int) -> V
     """The views that a method is given; `crops` is `own`, or `strong` or `mild` for all methods alike."""
     if method.sees == "original":
         return PLAIN
-    strong, mild = classifier.configs["tpt"], classifier.configs["infomax"]
+    strong, mild = classifier.configs["tpt"], classifier.configs[method.tuning]
     count = (strong if method.sees == "strong" else mild).views
     scale = (strong if (method.sees if crops == "own" else crops) == "strong" else mild).view_scale
     return Views(count, scale, seed)
@@ -348,8 +355,8 @@ def views_of(method: Method, classifier: Classifier, crops: str, seed: int) -> V
 
 def settings_of(method: Method, classifier: Classifier) -> dict[str, float | str]:
     """Everything that makes this row what it is, as plain JSON."""
-    if method.unit == "batch" and method.host is not None:
-        config = classifier.configs["gram" if method.label.startswith("GRAM") else "infomax"]
+    if method.host is not None and (method.unit == "batch" or method.tuning == "gram"):
+        config = classifier.configs[method.tuning]
         return {**method.settings, "host": method.host, "lr": config.lr[method.host], "steps": config.steps,
                 "update": config.update}  # fmt: skip
     return dict(method.settings)
