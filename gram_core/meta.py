@@ -312,7 +312,7 @@ class LearnerConfig:
     start: bool = option(False, "learn where the residual starts, as a map of class features")
     prototypes: str = option("real", "what requests are related to; controls: permuted, random, none")
     hidden: int = option(16, "units of the amounts' layer")
-    harm: float = option(2.0, "weight of what a request loses against zero-shot")
+    harm: float = option(0.0, "weight of what a request loses against zero-shot")
     even: float = option(2.0, "weight of requests of equally frequent classes")
     bias: float = option(0.03, "largest move of class features along the root, to vary how a model likes names")
     amounts_rate: float = option(6e-3, "learning rate of the amounts")
