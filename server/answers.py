@@ -156,7 +156,11 @@ def classification(
         "id": request_id,
         "object": "classification",
         "created": created,
-        "model": {"name": model.name, "weights_sha256": model.weights_sha256, "checkpoint_sha256": None},
+        "model": {
+            "name": model.name,
+            "weights_sha256": model.weights_sha256,
+            "checkpoint_sha256": model.checkpoint_sha256,
+        },
         "class_set": {
             "id": class_set.id,
             "size": len(class_set),

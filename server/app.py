@@ -378,6 +378,7 @@ def _load(settings: Settings) -> Classifier:
         model_dir=settings.model_dir,
         weights_sha256=settings.weights_sha256,
         text_cache_bytes=settings.text_cache_bytes,
+        checkpoint=settings.checkpoint,
         kl_cap=settings.kl_cap,
         default_method=settings.default_method,
         default_steps=settings.default_steps,

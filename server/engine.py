@@ -235,7 +235,7 @@ class Engine:
             classifier.warm_up()
             self.classifier = classifier
             self._startup_s = self.clock() - self._started
-            self._enter("ready", model=classifier.info.name, device=classifier.info.device)
+            self._enter("ready", **_served(classifier.info))
             while (job := self._next()) is not None:
                 self._do(classifier, job)
         except BaseException as error:  # whatever it is: the loop has ended, and everyone must see it
@@ -310,6 +310,14 @@ class Engine:
 
 
 def _ended(error: BaseException | None) -> ApiError:
+def _served(model: ModelInfo) -> dict[str, str]:
+    """What the log says of a model that is ready; without a checkpoint, why there is none."""
+    facts = {"model": model.name, "device": model.device, "method": model.default_method}
+    if model.checkpoint_sha256 is not None:
+        return {**facts, "checkpoint": model.checkpoint_sha256}
+    return {**facts, "checkpoint_note": model.checkpoint_note or ""}
+
+
     if error is None:
         return ApiError("draining", "the server is stopping. Ask another one.")
     return ApiError("accelerator_failed", "the engine has stopped; this process is being replaced.")

@@ -164,7 +164,7 @@ def test_the_operators_defaults_are_the_models_defaults() -> None:
     )
     for keyword in call.keywords:
         seen[str(keyword.arg)] = ast.unparse(keyword.value)
-    for name in ("default_method", "default_steps", "default_views", "default_batch_views", "kl_cap"):
+    for name in ("default_method", "default_steps", "default_views", "default_batch_views", "kl_cap", "checkpoint"):
         assert seen[name] == f"settings.{name}"
 
 
