@@ -43,7 +43,7 @@ class Classifier(Protocol):
     ) -> Any: ...
     def plan(self, tuning: Tuning, images: int, classes: Any) -> Plan: ...
     def cost(self, plan: Plan, images: int, classes: Any) -> float: ...
-    def classify(self, images: Sequence[Any], classes: Any, plan: Plan) -> Answer: ...
+    def classify(self, images: Sequence[Any], classes: Any, plan: Plan, *, explain: bool = False) -> Answer: ...
     def warm_up(self) -> None: ...
 
 
@@ -64,6 +64,7 @@ class Job:
     classes: Any
     plan: Plan
     deadline: float
+    explain: bool = False
     future: Future[Answer] = field(default_factory=Future)
     submitted: float = 0.0
     queue_ms: float = 0.0
@@ -272,7 +273,7 @@ class Engine:
             if started >= job.deadline:
                 failure = TimeoutError()
                 return
-            answer = classifier.classify(job.images, job.classes, job.plan)
+            answer = classifier.classify(job.images, job.classes, job.plan, explain=job.explain)
             self._spent = (
                 FORGET * self._spent[0] + job.place.cost,
                 FORGET * self._spent[1] + self.clock() - started,
@@ -309,7 +310,6 @@ class Engine:
             self.on_end(error)
 
 
-def _ended(error: BaseException | None) -> ApiError:
 def _served(model: ModelInfo) -> dict[str, str]:
     """What the log says of a model that is ready; without a checkpoint, why there is none."""
     facts = {"model": model.name, "device": model.device, "method": model.default_method}
@@ -318,6 +318,7 @@ def _served(model: ModelInfo) -> dict[str, str]:
     return {**facts, "checkpoint_note": model.checkpoint_note or ""}
 
 
+def _ended(error: BaseException | None) -> ApiError:
     if error is None:
         return ApiError("draining", "the server is stopping. Ask another one.")
     return ApiError("accelerator_failed", "the engine has stopped; this process is being replaced.")
