@@ -6,6 +6,7 @@ The models are what the OpenAPI document promises; tests hold every answer to th
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
@@ -13,8 +14,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from gram_core.types import Adaptation, Answer, FloatArray, ImageResult, ModelInfo
+from gram_core.types import Adaptation, Answer, Explanation, FloatArray, ImageResult, ModelInfo
 from server.errors import ApiError
+
+DIGITS = 6  # of what an explanation says
+MAX_TOLD_NAME = 80  # characters of a prototype's name
 
 
 class Strict(BaseModel):
@@ -66,6 +70,7 @@ class Result(Strict):
     predictions: list[Prediction]
     baseline: Baseline | None
     adaptation: Adaptation | None
+    explain: Explanation | None
     image: ImageFacts | None
 
 
@@ -156,7 +161,11 @@ def classification(
         "id": request_id,
         "object": "classification",
         "created": created,
-        "model": {"name": model.name, "weights_sha256": model.weights_sha256, "checkpoint_sha256": None},
+        "model": {
+            "name": model.name,
+            "weights_sha256": model.weights_sha256,
+            "checkpoint_sha256": model.checkpoint_sha256,
+        },
         "class_set": {
             "id": class_set.id,
             "size": len(class_set),
@@ -182,6 +191,7 @@ EMPTY: dict[str, Any] = {
     "predictions": [],
     "baseline": None,
     "adaptation": None,
+    "explain": None,
     "image": None,
 }
 
@@ -196,6 +206,7 @@ def _result(result: ImageResult, image: Any, names: Sequence[str], score: str, t
         "predictions": after,
         "baseline": {"label": before[0]["label"], "score": before[0]["score"], "predictions": before},
         "adaptation": asdict(result.adaptation),
+        "explain": None if result.explanation is None else _explanation(result.explanation),
         "image": {
             "width": image.width,
             "height": image.height,
@@ -203,6 +214,22 @@ def _result(result: ImageResult, image: Any, names: Sequence[str], score: str, t
             "notes": list(image.notes),
         },
     }
+
+
+def _explanation(told: Explanation) -> dict[str, Any]:
+    """Within 8 KiB, whatever the prototypes are called: names are cut, numbers have as many digits as they mean."""
+    body: dict[str, Any] = {
+        name: None if value is None or not math.isfinite(value) else round(value, DIGITS)
+        for name, value in vars(told).items()
+        if name not in ("views", "prototypes")
+    }
+    views = [{**asdict(view), "entropy": round(view.entropy, DIGITS)} for view in told.views]
+    prototypes = [{"name": _cut(p.name), "weight": round(p.weight, DIGITS)} for p in told.prototypes]
+    return {"views": views, "prototypes": prototypes, **body}
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= MAX_TOLD_NAME else name[: MAX_TOLD_NAME - 1] + "\u2026"
 
 
 def _predictions(scores: FloatArray, names: Sequence[str], top_k: int | None) -> list[dict[str, Any]]:

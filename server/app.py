@@ -214,7 +214,8 @@ class Service:
                     plan = _plan(call, len(prepared), class_set)
                     engine.reprice(place, classifier.cost(plan, len(prepared), class_set))
                 call.exchange.stage = "queue"
-                job = Job(place, prepared, class_set, plan, engine.clock() + call.left_s())
+                due = engine.clock() + call.left_s()
+                job = Job(place, prepared, class_set, plan, due, explain=call.question.explain)
                 answer = await self._run(job, call)
                 times |= {"queue": job.queue_ms, **answer.timings_ms}
                 times["text"] = times.get("text", 0.0) + tokenized - began
@@ -377,6 +378,7 @@ def _load(settings: Settings) -> Classifier:
         precision=settings.precision,
         model_dir=settings.model_dir,
         weights_sha256=settings.weights_sha256,
+        checkpoint=settings.checkpoint,
         text_cache_bytes=settings.text_cache_bytes,
         kl_cap=settings.kl_cap,
         default_method=settings.default_method,

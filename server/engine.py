@@ -43,7 +43,7 @@ class Classifier(Protocol):
     ) -> Any: ...
     def plan(self, tuning: Tuning, images: int, classes: Any) -> Plan: ...
     def cost(self, plan: Plan, images: int, classes: Any) -> float: ...
-    def classify(self, images: Sequence[Any], classes: Any, plan: Plan) -> Answer: ...
+    def classify(self, images: Sequence[Any], classes: Any, plan: Plan, *, explain: bool = False) -> Answer: ...
     def warm_up(self) -> None: ...
 
 
@@ -64,6 +64,7 @@ class Job:
     classes: Any
     plan: Plan
     deadline: float
+    explain: bool = False
     future: Future[Answer] = field(default_factory=Future)
     submitted: float = 0.0
     queue_ms: float = 0.0
@@ -235,7 +236,7 @@ class Engine:
             classifier.warm_up()
             self.classifier = classifier
             self._startup_s = self.clock() - self._started
-            self._enter("ready", model=classifier.info.name, device=classifier.info.device)
+            self._enter("ready", **_served(classifier.info))
             while (job := self._next()) is not None:
                 self._do(classifier, job)
         except BaseException as error:  # whatever it is: the loop has ended, and everyone must see it
@@ -272,7 +273,7 @@ class Engine:
             if started >= job.deadline:
                 failure = TimeoutError()
                 return
-            answer = classifier.classify(job.images, job.classes, job.plan)
+            answer = classifier.classify(job.images, job.classes, job.plan, explain=job.explain)
             self._spent = (
                 FORGET * self._spent[0] + job.place.cost,
                 FORGET * self._spent[1] + self.clock() - started,
@@ -307,6 +308,14 @@ class Engine:
                 job.future.set_exception(_ended(error))
         if self.on_end is not None:
             self.on_end(error)
+
+
+def _served(model: ModelInfo) -> dict[str, str]:
+    """What the log says of a model that is ready; without a checkpoint, why there is none."""
+    facts = {"model": model.name, "device": model.device, "method": model.default_method}
+    if model.checkpoint_sha256 is not None:
+        return {**facts, "checkpoint": model.checkpoint_sha256}
+    return {**facts, "checkpoint_note": model.checkpoint_note or ""}
 
 
 def _ended(error: BaseException | None) -> ApiError:

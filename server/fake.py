@@ -15,7 +15,18 @@ import numpy as np
 
 from gram_core.errors import InvalidClasses, MethodUnavailable
 from gram_core.images import DecodedImage
-from gram_core.types import Adaptation, Answer, FloatArray, ImageResult, ModelInfo, Plan, Tuning
+from gram_core.types import (
+    Adaptation,
+    Answer,
+    Explanation,
+    FloatArray,
+    ImageResult,
+    ModelInfo,
+    Plan,
+    PrototypeSeen,
+    Tuning,
+    ViewSeen,
+)
 
 SCALE = 10.0
 CONTEXT = 77
@@ -120,15 +131,27 @@ class FakeClassifier:
         """Images times views; texts are free."""
         return float(images * (1 if plan.skip else 1 + plan.views) + 0 * len(classes))
 
-    def classify(self, images: Sequence[FakePrepared], classes: FakeClassSet, plan: Plan) -> Answer:
+    def classify(
+        self, images: Sequence[FakePrepared], classes: FakeClassSet, plan: Plan, *, explain: bool = False
+    ) -> Answer:
         """Scores from digests; adaptation doubles them."""
         started = time.perf_counter()
         results = tuple(self._result(image, classes, plan) for image in images)
+        if explain:
+            told = (self._explanation(image, plan) for image in images)
+            results = tuple(replace(r, explanation=why) for r, why in zip(results, told, strict=True))
         ms = (time.perf_counter() - started) * 1000
         return Answer(results, "miss", len(images), len(classes), {"text": 0.0, "image": ms, "adapt": 0.0})
 
     def warm_up(self) -> None:
         """Nothing to warm."""
+
+    def _explanation(self, image: FakePrepared, plan: Plan) -> Explanation:
+        views = tuple(
+            ViewSeen((v, 0, 8, 8) if v else None, v % 2 == 1, 1.0, v == 0) for v in range(min(plan.views, 64))
+        )
+        near = PrototypeSeen(f"thing {image.sha256[0]}", 1.0)
+        return Explanation(views=views, prototypes=(near,), shift=0.5, rho=None if plan.skip else 0.1)
 
     def _result(self, image: FakePrepared, classes: FakeClassSet, plan: Plan) -> ImageResult:
         digests = [hashlib.sha256(image.sha256 + name.encode()).digest() for name in classes.names]

@@ -59,7 +59,7 @@ class Metrics:
         self.out_of_memory = counter("out_of_memory_total", "Runs without enough memory.", "recovered")
         self.inflight = Gauge("gram_requests_inflight", "Requests being served.", registry=registry)
         self.startup_seconds = Gauge("gram_startup_seconds", "Start-up phases.", ["phase"], registry=registry)
-        labels = ["version", "model", "weights", "device", "dtype"]
+        labels = ["version", "model", "weights", "checkpoint", "device", "dtype"]
         self.info = Gauge("gram_info", "What is served.", labels, registry=registry)
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
@@ -90,7 +90,8 @@ class Metrics:
 
     def serving(self, version: str, model: ModelInfo) -> None:
         """Say which model is loaded."""
-        self.info.labels(version, model.name, model.weights_sha256[:12], model.device, model.dtype).set(1)
+        weights, checkpoint = model.weights_sha256[:12], (model.checkpoint_sha256 or "none")[:12]
+        self.info.labels(version, model.name, weights, checkpoint, model.device, model.dtype).set(1)
 
     def render(self) -> bytes:
         """The text that `/metrics` answers."""

@@ -35,8 +35,10 @@ MAX_FIELDS = 32  # more than there are; every unknown one would become an error 
 URL = re.compile(r"(?!data:)[A-Za-z][A-Za-z0-9+.\-]*:|//", re.IGNORECASE)  # a reference instead of an image
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
 INTEGER = re.compile(r"-?[0-9]{1,18}")
+TRUTH = {"true": True, "false": False}
 SPEAKING = {  # pydantic's own sentences, where they hold our limits and nothing of the input
     "int_type": "must be an integer",
+    "bool_type": "must be true or false",
     "string_type": "must be a string",
     "model_type": "must be an object",
     "dict_type": "must be an object",
@@ -141,6 +143,7 @@ class Question(Strict):
     top_k: Annotated[int, Field(ge=1, le=1000)] | None = 5
     score: Literal["softmax", "cosine", "logit"] = "softmax"
     errors: Literal["fail", "per_item"] = "fail"
+    explain: bool = False
     timeout_ms: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
@@ -200,7 +203,7 @@ def ask(kind: type[Question], data: Any, settings: Settings) -> Any:
 
 
 def question_of(fields: Iterable[tuple[str, str]], settings: Settings) -> Question:
-    """The form and query way to ask: repeated names make lists, digits make integers."""
+    """The form and query way to ask: repeated names make lists, digits make integers, `explain` is true or false."""
     data: dict[str, Any] = {}
     options: dict[str, Any] = {}
     lists: dict[str, list[str]] = {}
@@ -211,7 +214,10 @@ def question_of(fields: Iterable[tuple[str, str]], settings: Settings) -> Questi
         into = options if name in Adaptation.model_fields else data
         if name in into or name == "adaptation":
             raise _invalid("a field is given twice, or can't be given in a form", None)
-        into[name] = int(text) if INTEGER.fullmatch(text) else text
+        if name == "explain":
+            into[name] = TRUTH.get(text, text)
+        else:
+            into[name] = int(text) if INTEGER.fullmatch(text) else text
     if "class_set" in data:
         data["classes"] = {"class_set": str(data.pop("class_set"))}
     if data.keys() & lists.keys():

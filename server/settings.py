@@ -48,6 +48,7 @@ class Settings(BaseSettings):
     model_dir: Annotated[Path, AfterValidator(Path.expanduser)] = Path("~/.cache/gram").expanduser()
     weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     offline: bool = False
+    checkpoint: Annotated[Path, AfterValidator(Path.expanduser)] | None = None  # None: beside the model, if any
 
     default_method: Literal["auto", "gram", "infomax", "tpt", "none"] = "auto"
     default_steps: NonNegativeInt | None = None  # None: the method's own

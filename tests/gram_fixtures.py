@@ -69,7 +69,7 @@ def tiny_checkpoint(backbone: Backbone, seed: int = 0, bank_sha256: str = "") ->
         "host": "residual",
         "steps": STEPS,
         "views": VIEWS,
-        "lr": 1e-3,
+        "lr": 2e-4,
         "update": "rms",
         "root": 0.5,
         "view_scale": [0.85, 1.0],

@@ -65,10 +65,10 @@ class HeldClassifier(FakeClassifier):
         self.gate = threading.Event()
         self.runs: list[Sequence[FakePrepared]] = []
 
-    def classify(self, images: Sequence[FakePrepared], classes: FakeClassSet, plan: Plan) -> Answer:
+    def classify(self, images: Sequence[FakePrepared], classes: FakeClassSet, plan: Plan, **options: Any) -> Answer:
         self.runs.append(images)
         assert self.gate.wait(PATIENCE_S)
-        return super().classify(images, classes, plan)
+        return super().classify(images, classes, plan, **options)
 
 
 class FailingClassifier(FakeClassifier):
@@ -78,10 +78,10 @@ class FailingClassifier(FakeClassifier):
         super().__init__()
         self.error = error
 
-    def classify(self, images: Sequence[FakePrepared], classes: FakeClassSet, plan: Plan) -> Answer:
+    def classify(self, images: Sequence[FakePrepared], classes: FakeClassSet, plan: Plan, **options: Any) -> Answer:
         if "bad" in classes.names:
             raise self.error
-        return super().classify(images, classes, plan)
+        return super().classify(images, classes, plan, **options)
 
 
 @dataclass

@@ -137,6 +137,9 @@ FIELDS: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
     ),
     "score_unknown": ({"score": SECRET}, 422, "invalid_request", "score"),
     "errors_unknown": ({"errors": SECRET}, 422, "invalid_request", "errors"),
+    "explain_a_string": ({"explain": "true"}, 422, "invalid_request", "explain"),
+    "explain_a_number": ({"explain": 1}, 422, "invalid_request", "explain"),
+    "explain_null": ({"explain": None}, 422, "invalid_request", "explain"),
     "timeout_zero": ({"timeout_ms": 0}, 422, "invalid_request", "timeout_ms"),
     "timeout_too_long": ({"timeout_ms": 120_001}, 422, "invalid_request", "timeout_ms"),
     "adaptation_a_string": ({"adaptation": "tpt"}, 422, "invalid_request", "adaptation"),
@@ -176,6 +179,10 @@ def test_a_wrong_field_is_refused_by_name(server: Live, name: str) -> None:
 def test_a_misspelt_field_is_told_what_was_meant(server: Live) -> None:
     error = refused(server, server.ask(adaptaton={}), 422, "invalid_request")
     assert "perhaps adaptation was meant" in error["message"]
+
+
+def test_a_truth_that_is_none_is_told_so(server: Live) -> None:
+    assert "explain: must be true or false." in server.ask(explain="yes").json()["error"]["message"]
 
 
 def test_numbers_that_are_not_strings_are_told_so(server: Live) -> None:
@@ -296,6 +303,8 @@ FORMS: dict[str, tuple[bytes, int, str]] = {
     "adaptation_field": (PNG_PART + CLASSES + part("adaptation", b"{}") + END, 422, "invalid_request"),
     "field_twice": (PNG_PART + CLASSES + part("seed", b"1") * 2 + END, 422, "invalid_request"),
     "views_not_a_number": (PNG_PART + CLASSES + part("views", b"ten") + END, 422, "invalid_request"),
+    "explain_not_a_truth": (PNG_PART + CLASSES + part("explain", b"yes") + END, 422, "invalid_request"),
+    "explain_twice": (PNG_PART + CLASSES + part("explain", b"true") * 2 + END, 422, "invalid_request"),
     "class_set": (PNG_PART + part("class_set", b"cs_0") + END, 501, "class_sets_disabled"),
     "classes_and_class_set": (PNG_PART + part("class_set", b"cs") + CLASSES + END, 422, "invalid_request"),
     "class_set_and_classes": (PNG_PART + CLASSES + part("class_set", b"cs") + END, 422, "invalid_request"),
@@ -336,6 +345,9 @@ def test_a_form_without_a_boundary_is_refused(server: Live) -> None:
         ("classes=cat&classes=dog&zebracrossing=1", 422, "invalid_request"),
         ("classes=cat&classes=dog&steps=x", 422, "invalid_request"),
         ("classes=cat&classes=dog&method=zebracrossing", 422, "invalid_request"),
+        ("classes=cat&classes=dog&explain=1", 422, "invalid_request"),
+        ("classes=cat&classes=dog&explain=True", 422, "invalid_request"),
+        ("classes=cat&classes=dog&explain=", 422, "invalid_request"),
         ("classes=cat&classes=cat", 422, "duplicate_class"),
         ("classes=cat&classes=%ff", 400, "malformed_body"),
         ("class_set=cs_0", 501, "class_sets_disabled"),

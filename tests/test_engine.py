@@ -74,12 +74,12 @@ def test_jobs_run_one_at_a_time_in_the_order_they_came() -> None:
         inside = 0
         order: list[int] = []  # noqa: RUF012
 
-        def classify(self, images: Sequence[FakePrepared], classes: FakeClassSet, plan: Plan) -> Answer:
+        def classify(self, images: Sequence[FakePrepared], classes: FakeClassSet, plan: Plan, **options: Any) -> Answer:
             assert self.inside == 0
             self.inside += 1
             self.order.append(images[0].sha256[0])
             self.inside -= 1
-            return super().classify(images, classes, plan)
+            return super().classify(images, classes, plan, **options)
 
     with engine(classifier := Watched()) as it:
         together(*(run(it, seed) for seed in range(30)))
@@ -92,6 +92,16 @@ def test_every_caller_gets_the_answer_to_its_own_image() -> None:
         alone = [asyncio.run(run(it, seed)) for seed in range(20)]
     assert [a.results[0].adaptation.digest for a in answers] == [a.results[0].adaptation.digest for a in alone]
     assert len({a.results[0].adaptation.digest for a in alone}) > 15
+
+
+def test_a_job_that_asks_for_reasons_gets_them_and_the_next_one_does_not() -> None:
+    async def one(engine: Engine, explain: bool) -> Answer:
+        with engine.place(1.0) as place:
+            return await engine.submit(Job(place, [image(1)], classes(), PLAN, FAR, explain=explain))
+
+    with engine() as it:
+        answers = together(*(one(it, n % 2 == 0) for n in range(6)))
+    assert [answer.results[0].explanation is not None for answer in answers] == [True, False] * 3
 
 
 def test_one_failing_job_fails_alone() -> None:
@@ -155,8 +165,8 @@ def test_the_queue_is_bounded_by_seconds_of_measured_work() -> None:
     clock = Clock()
 
     class Timed(HeldClassifier):
-        def classify(self, images: Sequence[FakePrepared], classes: FakeClassSet, plan: Plan) -> Answer:
-            answer = super().classify(images, classes, plan)
+        def classify(self, images: Sequence[FakePrepared], classes: FakeClassSet, plan: Plan, **options: Any) -> Answer:
+            answer = super().classify(images, classes, plan, **options)
             clock.now += 2.0
             return answer
 
@@ -178,9 +188,9 @@ def test_a_request_within_the_cost_limit_always_enters_an_empty_queue() -> None:
     clock = Clock()
 
     class Slow(FakeClassifier):
-        def classify(self, images: Sequence[FakePrepared], classes: FakeClassSet, plan: Plan) -> Answer:
+        def classify(self, images: Sequence[FakePrepared], classes: FakeClassSet, plan: Plan, **options: Any) -> Answer:
             clock.now += 100.0
-            return super().classify(images, classes, plan)
+            return super().classify(images, classes, plan, **options)
 
     with engine(Slow(), clock, max_request_cost=1000.0) as it:
         asyncio.run(run(it, cost=1.0))  # 0.04 cost fit into 4 s now

@@ -64,8 +64,12 @@ def results(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 def test_json_form_request_part_and_raw_body_give_the_same_answer(server: Live) -> None:
-    options = {"method": "tpt", "views": "16", "seed": "7"}
-    asked = {"classes": ["cat", "dog", "a, b"], "adaptation": {"method": "tpt", "views": 16, "seed": 7}}
+    options = {"method": "tpt", "views": "16", "seed": "7", "explain": "true"}
+    asked = {
+        "classes": ["cat", "dog", "a, b"],
+        "adaptation": {"method": "tpt", "views": 16, "seed": 7},
+        "explain": True,
+    }
     file = {"image": ("a.jpg", png(3))}
     form = {"classes": asked["classes"], **options}
     query = [("classes", name) for name in asked["classes"]] + list(options.items())
@@ -83,6 +87,7 @@ def test_json_form_request_part_and_raw_body_give_the_same_answer(server: Live) 
     assert len(seen) == 1
     (only,) = results(answers[0])
     assert (only["adaptation"]["views"], only["adaptation"]["method"]) == (16, "tpt")
+    assert len(only["explain"]["views"]) == 16
 
 
 def test_an_answer_says_what_was_used_and_what_it_cost(server: Live) -> None:
@@ -117,6 +122,16 @@ def test_the_baseline_of_an_adapted_answer_is_what_method_none_returns(server: L
     assert adapted["baseline"] == plain["baseline"]
     assert plain["predictions"] == plain["baseline"]["predictions"]
     assert plain["adaptation"]["reason"] == "none_requested"
+
+
+def test_reasons_are_told_when_asked_for_and_null_otherwise(server: Live) -> None:
+    (silent,), (told,) = (results(server.ask(png(4), explain=asked)) for asked in (False, True))
+    assert silent.pop("explain") is None
+    assert set(told["explain"]) == {"views", "prototypes", "trust", "shift", "skew", "rho", "structure_share",
+                                    "prompt_shift"}  # fmt: skip
+    assert set(told["explain"]["views"][0]) == {"box", "flip", "entropy", "kept"}
+    assert set(told["explain"]["prototypes"][0]) == {"name", "weight"}
+    assert silent == {name: value for name, value in told.items() if name != "explain"}
 
 
 @pytest.mark.parametrize("score", ["softmax", "cosine", "logit"])
@@ -164,7 +179,7 @@ def test_the_operators_defaults_are_the_models_defaults() -> None:
     )
     for keyword in call.keywords:
         seen[str(keyword.arg)] = ast.unparse(keyword.value)
-    for name in ("default_method", "default_steps", "default_views", "default_batch_views", "kl_cap"):
+    for name in ("default_method", "default_steps", "default_views", "default_batch_views", "kl_cap", "checkpoint"):
         assert seen[name] == f"settings.{name}"
 
 
@@ -587,7 +602,11 @@ def test_the_openapi_document_names_every_status_that_a_classification_can_have(
         assert set(responses) == {"200", *(str(status) for status in {*STATUS.values()} - {404, 405})}
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert references <= set(document["components"]["schemas"])
-    assert document["components"]["schemas"]["ClassifyRequest"]["additionalProperties"] is False
+    schemas = document["components"]["schemas"]
+    assert schemas["ClassifyRequest"]["additionalProperties"] is False
+    assert all(schemas[name]["properties"]["explain"]["default"] is False for name in ("ClassifyRequest", "Question"))
+    assert "explain" in schemas["Result"]["required"]
+    assert {"views", "prototypes", "structure_share"} <= set(schemas["Explanation"]["properties"])
 
 
 def test_every_code_has_a_status_and_only_load_and_time_are_retryable() -> None:
@@ -661,9 +680,9 @@ from server.fake import FakeClassifier
 from server.settings import Settings
 
 class Slow(FakeClassifier):
-    def classify(self, images, classes, plan):
+    def classify(self, images, classes, plan, **options):
         time.sleep(SECONDS)
-        return super().classify(images, classes, plan)
+        return super().classify(images, classes, plan, **options)
 
 log_to_stderr("info")
 settings = Settings(drain_s=1 if SECONDS > 1 else 5)
