@@ -45,7 +45,11 @@ def gain(row: Row | None) -> str:
         return ""
     if row["method"] == "zero-shot":
         return f"top-1 {row['top1']:.1f}"
-    g = row["gain"]
+    return interval(row["gain"])
+
+
+def interval(g: Row) -> str:
+    """The same of a mean and its two ends."""
     text = f"{g['mean']:+.1f} [{g['low']:.1f}, {g['high']:.1f}]"
     return f"**{text}**" if g["low"] > 0 or g["high"] < 0 else text
 
@@ -222,6 +226,69 @@ def throughput(report: Row) -> Iterator[str]:
     yield from table(["request", "images/s", "requests/s", "p50 ms", "median stages, ms"], rows)
 
 
+def contrast(report: Row) -> Iterator[str]:
+    """`benchmarks/contrast.py`."""
+    yield f"## {report['rows'][0]['method']} against others, mean over sets and kinds of request"
+    yield ""
+    yield f"    {report['command']}"
+    yield ""
+    yield "Paired bootstrap over requests; points of top-1, **bold** where the interval excludes zero."
+    yield ""
+    sizes = sorted({row["size"] for row in report["rows"]})
+    others = list(dict.fromkeys(row["against"] for row in report["rows"]))
+    place = {(row["against"], row["size"]): row for row in report["rows"]}
+    rows = [[f"over {other}", *(interval(place[other, size]) for size in sizes)] for other in others]
+    kinds = list(dict.fromkeys(row["kind"] for row in report["kinds"]))
+    by_kind = {(row["kind"], row["size"]): row for row in report["kinds"]}
+    rows += [[f"over {others[0]}, {kind}", *(interval(by_kind[kind, size]) for size in sizes)] for kind in kinds]
+    yield from table(["", *(f"{size} images" for size in sizes)], rows)
+
+
+def mechanism(report: Row) -> Iterator[str]:
+    """`benchmarks/mechanism.py`."""
+    yield "## Gradient regulators on held-out themes"
+    yield ""
+    yield f"    {report['command']}"
+    yield ""
+    yield (
+        f"{report['date']}, {report['hardware']}, torch {report['torch']}; {report['seeds']} seeds, {report['steps']} "
+        f"outer steps, one step of rms {report['step_rms']}; mean and 95 % interval over held-out episodes. Raw step: "
+        "no regulator. Losses are the cross-domain query's cross-entropy less its value before the step."
+    )
+    yield ""
+    names = ["cosine", "cosine change", "raw step", "regulated step", "regulated less raw"]
+    rows = [
+        [name, *(f"{row[n][0]:+.4f} ± {row[n][1]:.4f}" for n in names), str(row["cosine"][2])]
+        for name, row in report["rows"].items()
+    ]
+    yield from table(["regulator", "cosine of raw step and query gradient", "its change", "query loss, raw step",
+                      "query loss, regulated step", "regulated less raw", "episodes"], rows)  # fmt: skip
+
+
+def clustering(report: Row) -> Iterator[str]:
+    """`benchmarks/clustering.py`."""
+    yield "## Cost of clustering"
+    yield ""
+    yield "    python benchmarks/clustering.py --million"
+    yield ""
+    yield f"Synthetic pairs, tree and bank, {report['machine']}, {report['date']}; the machine had other work."
+    yield ""
+    rows = [
+        [
+            f"{row['pairs']:,} x {row['dimension']}",
+            f"{row['seconds']:,}",
+            ", ".join(f"{name} {value:g}" for name, value in row["stages_s"].items()),
+            f"{row['peak_anonymous_mb']:,}",
+            f"{row['features_mb']:,}",
+            f"{row['themes']} / {row['concepts']:,} / {row['modes']:,} / {row['prototypes']:,}",
+        ]
+        for row in report["results"]
+    ]
+    head = ["pairs", "seconds", "by stage", "peak memory of its own, MB", "features on disk, MB",
+            "themes / concepts / modes / prototypes"]  # fmt: skip
+    yield from table(head, rows)
+
+
 def document(folder: Path) -> str:
     """The whole file."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))}
@@ -229,6 +296,12 @@ def document(folder: Path) -> str:
     for name in (*ORDER, *(n for n in found if n.startswith("evaluate-") and n not in ORDER)):
         if name in found:
             lines += evaluation(name, found[name])
+    if "contrast" in found:
+        lines += contrast(found["contrast"])
+    if "mechanism" in found:
+        lines += mechanism(found["mechanism"])
+    if "clustering" in found:
+        lines += clustering(found["clustering"])
     lines += text_path([found[n] for n in found if n.startswith("text_path")])
     lines += throughput(found["throughput"])
     lines += ["## Kept negatives", "", (folder / "negatives.md").read_text().strip(), ""]

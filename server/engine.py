@@ -280,6 +280,8 @@ class Engine:
             )
         except DeviceError as error:
             failure = error
+            with self._turn:
+                self.failure = error  # before this job is answered: whoever hears of it finds every probe turned
             raise
         except GramError as error:
             failure = error

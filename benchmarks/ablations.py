@@ -1,0 +1,55 @@
+"""Train GRAM's ablations and controls on the stages of a finished run: one folder below `--out` for each.
+
+    python benchmarks/ablations.py --from OUT --out ABLATIONS --data DIR [--only NAME ...]
+
+OUT is the `--out` of `python -m gram_core.train recipes/gram-mini/meta.toml`. Every variant has the same steps,
+episodes and features; what differs is named in VARIANTS. A variant that is done is left alone, one that was stopped
+goes on.
+Prints the command that measures all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+RECIPES = Path("recipes/gram-mini")
+VARIANTS: dict[str, list[str]] = {
+    "seed-1": ["--meta.seed=1", "--episodes.seed=1"],
+    "seed-2": ["--meta.seed=2", "--episodes.seed=2"],
+    "no-structure": ["--learner.prototypes=none"],
+    "permuted-prototypes": ["--learner.prototypes=permuted"],
+    "random-prototypes": ["--learner.prototypes=random"],
+    "permuted-complexity": ["--tree.complexity=permuted", "--episodes.complexity=permuted"],
+    "start-learned": ["--learner.start=true"],
+    "gradient-turned": ["--learner.regulator=gram", "--learner.regulator-rate=1e-3"],
+    "gradient-turned-structure": ["--learner.regulator=structure", "--learner.regulator-rate=1e-3"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--from", dest="source", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS))
+    given = parser.parse_args()
+    for name in given.only:
+        folder = given.out / name
+        for stage in ("features", "views") + (() if name == "permuted-complexity" else ("tree",)):
+            if not (folder / stage).exists():
+                shutil.copytree(given.source / stage, folder / stage, copy_function=os.link)
+        words = [str(RECIPES / "meta.toml"), "--data", str(given.data), "--out", str(folder), *VARIANTS[name]]
+        subprocess.run([sys.executable, "-m", "gram_core.train", *words], check=True)
+    rows = " ".join(f"--checkpoints.{name}={given.out / name / 'checkpoint'}" for name in given.only)
+    sys.stdout.write(
+        f"python -m gram_core.evaluate --recipe {RECIPES / 'evaluate-gram.toml'} --data {given.data} {rows}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
