@@ -25,7 +25,7 @@ VARIANTS: dict[str, list[str]] = {
     "permuted-prototypes": ["--learner.prototypes=permuted"],
     "random-prototypes": ["--learner.prototypes=random"],
     "permuted-complexity": ["--tree.complexity=permuted", "--episodes.complexity=permuted"],
-    "start-learned": ["--learner.start=true"],
+    "start-learned": ["--learner.start"],
     "gradient-turned": ["--learner.regulator=gram", "--learner.regulator-rate=1e-3"],
     "gradient-turned-structure": ["--learner.regulator=structure", "--learner.regulator-rate=1e-3"],
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gram_core import objectives
-from gram_core.adapt import UPDATES, adapt, of
+from gram_core.adapt import UPDATES, Regulate, adapt, identity, of
 from gram_core.prompts import PromptMethod
 from gram_core.text import ClassSet
 from gram_core.types import Params
@@ -263,6 +263,7 @@ def infomax(
     lr: float,
     steps: int,
     update: str = "rms",
+    regulate: Regulate = identity,
 ) -> Joint:
     """Tune one variable jointly on views (E, B, V, D) of all images of a batch (docs/method.md, eq. 1 to 4).
 
@@ -285,6 +286,6 @@ def infomax(
             batch, rehearsed = split(host.logits(params, seen, classes))
             return objectives.infomax(batch, rehearsed, rho)
 
-        params = adapt(of(loss), start, update=UPDATES[update], lr=lr, steps=steps)
+        params = adapt(of(loss), start, regulate=regulate, update=UPDATES[update], lr=lr, steps=steps)
         after, _ = split(host.logits(params, seen, classes))
     return Joint(params, before, after, float(rho) if isinstance(rho, float) else float(rho[0]))

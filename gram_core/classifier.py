@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gram_core import backbone as towers
 from gram_core import baselines, gram, objectives, views
-from gram_core.adapt import UPDATES
+from gram_core.adapt import UPDATES, Regulate, identity
 from gram_core.backbone import Backbone, file_sha256
 from gram_core.checkpoint import Checkpoint, load_checkpoint
 from gram_core.errors import (
@@ -553,6 +553,14 @@ class Classifier:
         assert self.root is not None
         host, config = self.hosts[plan.host], self.configs[plan.method]
         start = host.start(self.kept[plan.host], classes, 1)
+        regulate: Regulate = identity
+        if plan.method == "gram" and self.learned is not None:
+            texts, name = self.texts.features(classes), self.learned.checkpoint.regulator
+            start = gram.start(self.weights, texts)
+            if name != "identity":
+                near = gram.relate(self.structure, originals)
+                scale = self.backbone.logit_scale
+                regulate = gram.regulate(name, self.weights, self.structure, near, texts, start, scale)
         joint = baselines.infomax(
             host,
             classes,
@@ -562,6 +570,7 @@ class Classifier:
             lr=config.lr[plan.host],
             steps=plan.steps,
             update=config.update,
+            regulate=regulate,
         )
         before = objectives.entropy(joint.before.softmax(-1).mean(2)).mean()
         after = objectives.entropy(joint.after.softmax(-1).mean(2)).mean()
@@ -800,12 +809,6 @@ def load_learned(folder: Path, fingerprint: str) -> tuple[Learned | None, str | 
 def _config_of(checkpoint: Checkpoint) -> TuneConfig:
     """How the checkpoint was trained to tune; raises InvalidCheckpoint where its header doesn't say, or where that is
     not what `Classifier` does."""
-    if checkpoint.regulator != "identity" or checkpoint.part("start"):
-        what = "a start" if checkpoint.part("start") else f"regulator {checkpoint.regulator!r}"
-        raise InvalidCheckpoint(
-            f"the checkpoint was trained with {what}, which is not served; train it with learner.regulator "
-            '"identity" and learner.start false.'
-        )
     try:
         s: Any = checkpoint.settings
         scale = (float(s["view_scale"][0]), float(s["view_scale"][1]))

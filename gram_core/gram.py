@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gram_core import objectives
+from gram_core.adapt import Regulate, of
+from gram_core.prompts.residual import shifted
+from gram_core.regulators import REGULATORS, Context, bind
 from gram_core.types import Params
 from prototypes.bank import PrototypeBank
 from prototypes.hierarchy import CONCEPT, LEVELS, MODE, THEME
@@ -276,6 +279,43 @@ def neighbours(structure: Structure, relation: Relation, texts: Tensor, tuned: T
     label = (scale * structure.captions @ texts.T).softmax(-1)
     log_p = (scale * structure.modes @ tuned.mT).log_softmax(-1)
     return -(weights[:, None] * label * log_p).sum(dim=(-2, -1))
+
+
+def start(params: Params, texts: Tensor) -> Params:
+    """Where the residual (1, K, D) of classes `texts` (K, D) starts: at zero, or, where a start was learned, at the
+    low-rank map U V^T t of the class's own feature."""
+    if "start.u" not in params:
+        return {"residual": torch.zeros_like(texts)[None]}
+    return {"residual": texts @ params["start.v"] @ params["start.u"].mT}
+
+
+def regulate(
+    name: str,
+    params: Params,
+    structure: Structure,
+    relation: Relation,
+    texts: Tensor,
+    first: Params,
+    scale: float,
+) -> Regulate:
+    """Regulator `name` with its weights `regulator.*` and what it may know of a request, for `adapt`.
+
+    For `structure`: the gradient of the neighbours' loss at the start `first`, how far it is trusted, and how much it
+    is needed, 1 - exp(-loss).
+    """
+    weights = {key.removeprefix("regulator."): w for key, w in params.items() if key.startswith("regulator.")}
+    known = Context(images=float(len(relation.nearest[MODE])))
+    if name == "structure":
+
+        def loss(p: Params) -> Tensor:
+            return neighbours(structure, relation, texts, shifted(texts, p["residual"]), scale)
+
+        frozen = {key: p.detach() for key, p in first.items()}
+        with torch.no_grad():
+            need = 1 - (-loss(frozen)).exp()
+            sure = trust(relation.novelty, params["trust.least"][0, 0])
+        known = replace(known, structure=of(loss)(frozen), trust=sure, need=need)
+    return bind(REGULATORS[name], weights, known)
 
 
 def trust(novelty: Tensor, least: Tensor | float) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from gram_core.episodes import SUPERVISED, Episode
 from gram_core.gram import Structure
 from gram_core.meta import Metrics, ResidualLearner, Tasks, World
 from gram_core.prompts.residual import shifted
-from gram_core.regulators import Context, bind
 from gram_core.types import Params
 
 MARGINS = (0.0, 0.2, 0.4, 0.8, 1.2, 1.6, 2.4, 3.2, 4.8, 6.4)
@@ -93,25 +92,11 @@ class GramLearner(ResidualLearner):
         before, own = F.cross_entropy(told.base, labels), F.cross_entropy(told.answer, labels)
         return metrics | {"gain": right["gram"] - right["zero-shot"], "request": float(own), "zero-shot": float(before)}
 
-    def _regulate(self, params: Params, episode: Episode) -> Regulate:
-        """The regulator with what it may know: for `structure` the gradient of the neighbours' loss at the start, how
-        far it is trusted, and how much it is needed."""
-        weights = {key.removeprefix("regulator."): w for key, w in params.items() if key.startswith("regulator.")}
-        known = Context(images=float(len(episode.support)))
-        if self.config.regulator == "structure":
-            texts = self._texts(episode.classes)
-            originals = episode.support[:, 0].to(texts)
-            relation = gram.relate(self.structure, originals, episode.masked)
-
-            def loss(p: Params) -> Tensor:
-                return gram.neighbours(self.structure, relation, texts, shifted(texts, p["residual"]), self.scale)
-
-            start = {name: p.detach() for name, p in self._start(params, texts).items()}
-            with torch.no_grad():
-                need = 1 - (-loss(start)).exp()
-                sure = gram.trust(relation.novelty, params["trust.least"][0, 0].detach())
-            known = replace(known, structure=of(loss)(start), trust=sure, need=need)
-        return bind(self.regulator, weights, known)
+    def _regulate(self, params: Params, episode: Episode, texts: Tensor | None = None) -> Regulate:
+        texts = self._texts(episode.classes) if texts is None else texts
+        relation = gram.relate(self.structure, episode.support[:, 0].to(texts), episode.masked)
+        first = self._start(params, texts)
+        return gram.regulate(self.config.regulator, params, self.structure, relation, texts, first, self.scale)
 
     def tell(self, params: Params, episode: Episode) -> Told:
         """Answer a simulated request as the server does; differentiable in `params` but for the joint tuning."""
@@ -136,7 +121,8 @@ class GramLearner(ResidualLearner):
         b, v, d = views.shape
         seen = views.reshape(b * v, d)
         start = self._start(weights, texts)
-        rho = objectives.rehearsal_weight((self.scale * seen @ texts.T).softmax(-1).mean(0, keepdim=True), b)
+        before = self.scale * seen @ shifted(texts, start["residual"])[0].T
+        rho = objectives.rehearsal_weight(before.softmax(-1).mean(0, keepdim=True), b)
         root = self.root if self.config.root else None
 
         def loss(p: Params) -> Tensor:
@@ -147,7 +133,7 @@ class GramLearner(ResidualLearner):
         tuned = adapt(
             of(loss),
             start,
-            regulate=self._regulate(weights, episode),
+            regulate=self._regulate(weights, episode, texts),
             update=UPDATES[self.config.update],
             lr=self.config.lr,
             steps=self.config.steps,

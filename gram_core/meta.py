@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, distributed
 from torch.nn import functional as F
 
-from gram_core import objectives
+from gram_core import gram, objectives
 from gram_core.adapt import UPDATES, Loss, Regulate, adapt, of
 from gram_core.config import option
 from gram_core.episodes import SUPERVISED, Episode
@@ -435,9 +435,7 @@ class ResidualLearner:
         return self.texts[classes.to(self.texts.device)]
 
     def _start(self, params: Params, base: Tensor) -> Params:
-        if "start.u" not in params:
-            return {"residual": torch.zeros_like(base)[None]}
-        return {"residual": base @ params["start.v"] @ params["start.u"].mT}
+        return gram.start(params, base)
 
     def _logits(self, base: Tensor, params: Params, features: Tensor) -> Tensor:
         """(n, K) of features (n, D)."""
