@@ -140,3 +140,22 @@ def test_plain_infomax_is_pulled_off_a_single_class_batch_and_the_root_holds_it(
     assert zero_shot > 0.7
     assert tune(with_root=False) < zero_shot - 0.2
     assert tune(with_root=True) >= zero_shot
+
+
+def test_a_guarded_answer_changes_accepted_images_alone_and_keeps_their_mean_confidence() -> None:
+    gen = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(24, 8, generator=gen), dim=-1)
+    base = logits(24, 5) / 4
+    tuned = base + logits(24, 5, seed=1)
+    answer, taken, heat = objectives.guarded(base, tuned, features)
+    assert torch.equal(taken, objectives.accepted(base, tuned, features))
+    assert 0 < int(taken.sum()) < 24
+    assert torch.equal(answer[~taken], base[~taken])
+    torch.testing.assert_close(answer[taken], tuned[taken] / heat)
+    sure = [x[taken].softmax(-1).amax(-1).mean() for x in (answer, base)]
+    torch.testing.assert_close(*sure, rtol=0, atol=1e-4)
+    decided = base + 100 * torch.nn.functional.one_hot(base.argmax(-1), 5)
+    answer, taken, heat = objectives.guarded(decided, tuned, features)
+    assert torch.equal(answer, decided)
+    assert not taken.any()
+    assert float(heat) == 1.0
