@@ -6,8 +6,7 @@ judged by its labels: on its own images and, for the parts that move the residua
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,6 @@ from gram_core.prompts.residual import shifted
 from gram_core.types import Params
 
 MARGINS = (0.0, 0.2, 0.4, 0.8, 1.2, 1.6, 2.4, 3.2, 4.8, 6.4)
-BUCKETS = (1, 8, 16, 32, 64)  # images of a request up to which margins are judged together
 LEAST = 0.05  # share of simulated requests that lie below the novelty at which trust is a half
 CONSTANT, UNHEEDED = 1e-4, 1e6  # a context that deviates by less than the one is measured by the other
 
@@ -178,8 +176,11 @@ def survey(learner: GramLearner, params: Params, tasks: Tasks[Episode], count: i
 
 
 def margin(learner: GramLearner, params: Params, tasks: Tasks[Episode], numbers: range, world: World) -> Tensor:
-    """The smallest of MARGINS (1, 1) with which simulated requests of equally frequent classes lose no more than the
-    standard error of their mean, whatever their size; the largest of them if none is enough."""
+    """The smallest of MARGINS (1, 1) with which simulated requests of equally frequent classes lose at most
+    `config.loss` points on average; the largest of them if none is enough.
+
+    Such requests have nothing to gain from the estimated shares, so what they lose is the price of the gains on others.
+    """
     rows: list[list[Any]] = []
     with torch.no_grad():
         for i in world.share(numbers):
@@ -193,22 +194,12 @@ def margin(learner: GramLearner, params: Params, tasks: Tasks[Episode], numbers:
                 taken = gram.accepted(told.base, told.answer, each)
                 new = torch.where(taken, told.answer.argmax(-1), told.base.argmax(-1))
                 gains.append(float(((new == labels).double() - (told.base.argmax(-1) == labels).double()).mean()))
-            rows.append([i, len(labels), *gains])
+            rows.append([i, *gains])
     rows = sorted(row for part in world.gather(rows) for row in part)
     for place, each in enumerate(MARGINS):
-        sizes = [[r[2 + place] for r in rows if low < r[1] <= high] for low, high in _ranges(BUCKETS)]
-        if min(map(_at_best, sizes)) >= -1e-9:  # means of thirds and tenths don't cancel exactly
+        gains = [row[1 + place] for row in rows]
+        if sum(gains) >= (-learner.config.loss / 100 - 1e-9) * len(
+            gains
+        ):  # means of thirds and tenths don't cancel exactly
             return torch.full((1, 1), each)
     return torch.full((1, 1), MARGINS[-1])
-
-
-def _ranges(edges: Sequence[int]) -> list[tuple[float, float]]:
-    return list(zip((0.0, *edges[:-1]), (*edges[:-1], math.inf), strict=True))
-
-
-def _at_best(values: Sequence[float]) -> float:
-    """Mean plus its standard error; 0 of nothing."""
-    if len(values) < 2:
-        return max(values, default=0.0)
-    x = torch.tensor(values, dtype=torch.float64)
-    return float(x.mean() + x.std() / math.sqrt(len(values)))

@@ -316,6 +316,7 @@ class LearnerConfig:
     even: float = option(2.0, "weight of requests of equally frequent classes")
     bias: float = option(0.03, "largest move of class features along the root, to vary how a model likes names")
     amounts_rate: float = option(6e-3, "learning rate of the amounts")
+    loss: float = option(0.75, "points that simulated requests of equally frequent classes may lose on average")
     survey: int = option(512, "simulated requests that contexts are measured by")
     settle: int = option(1600, "simulated requests that the margin of acceptance is chosen on")
     steps: int = option(20, "inner steps")
@@ -327,13 +328,13 @@ class LearnerConfig:
     regulator_rate: float = option(1e-4, "learning rate of the regulator")
 
     def __post_init__(self) -> None:
-        for name, known in (("regulator", REGULATORS), ("update", UPDATES)):
+        for name, known in (("regulator", REGULATORS), ("update", UPDATES), ("prototypes", gram.PROTOTYPES)):
             if getattr(self, name) not in known:
                 raise InvalidConfig(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}.")
         if self.steps < 0 or self.rank < 1:
             raise InvalidConfig(f"steps is {self.steps} and rank {self.rank}; give >= 0 and >= 1.")
-        least = {"lr": 0, "start_rate": 0, "regulator_rate": 0, "amounts_rate": 0, "harm": 0, "even": 0, "bias": 0,
-                 "settle": 0, "hidden": 1, "survey": 2}  # fmt: skip
+        rates = ("lr", "start_rate", "regulator_rate", "amounts_rate", "harm", "even", "bias", "loss", "settle")
+        least = dict.fromkeys(rates, 0) | {"hidden": 1, "survey": 2}
         for name, low in least.items():
             if not getattr(self, name) >= low:
                 raise InvalidConfig(f"{name} is {getattr(self, name)}; it must be at least {low}.")

@@ -305,8 +305,11 @@ def _list_seen(out: Path, sources: Sequence[Source]) -> None:
                 if key.startswith(f"{name}/"):
                     lists.setdefault(name, []).append(key.removeprefix(f"{name}/"))
     (out / CHECKPOINT).mkdir(parents=True, exist_ok=True)
-    with pairs.beside(out / CHECKPOINT / SEEN) as file:
-        file.write(pairs.json_line({"seen": {name: sorted(keys) for name, keys in lists.items()}}))
+    told = pairs.json_line({"seen": {name: sorted(keys) for name, keys in lists.items()}})
+    path = out / CHECKPOINT / SEEN
+    if not path.is_file() or path.read_bytes() != told:  # a finished run is left alone
+        with pairs.beside(path) as file:
+            file.write(told)
 
 
 def _finish(

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from gram_core import meta, pairs, train, unseen
+from gram_core import gram, meta, pairs, train, unseen
 from gram_core.backbone import file_sha256, load
 from gram_core.checkpoint import Checkpoint, load_checkpoint
 from gram_core.config import BAD_DATA, INTERRUPTED, OK, USAGE, read
@@ -31,7 +31,7 @@ from tests.train_fixtures import write_recipe, write_things
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-FILES = ("bank.json", "bank.safetensors", "gram.json", "gram.safetensors")
+FILES = ("bank.json", "bank.safetensors", "gram.json", "gram.safetensors", "seen.json")
 
 
 @pytest.fixture(autouse=True)
@@ -89,10 +89,10 @@ def test_pairs_become_a_checkpoint_that_explains_itself(good: Path, tiny_dir: Pa
     assert bank is not None
     assert tuple(content(good)) == FILES
     assert checkpoint.bank_sha256 == file_sha256(good / "checkpoint" / "bank.safetensors")
-    assert {name.partition(".")[0] for name in checkpoint.params} == {"start", "regulator"}
-    assert checkpoint.regulator == "gram"
+    assert set(checkpoint.params) == set(gram.init())
+    assert checkpoint.regulator == "identity"
     settings = {"host": "residual", "steps": 3, "lr": 2e-4, "update": "rms", "root": True, "views": 3}
-    assert checkpoint.settings == settings | {"view_scale": [0.85, 1.0]}
+    assert checkpoint.settings == settings | {"view_scale": [0.85, 1.0], "prototypes": "real"}
     facts: Any = checkpoint.facts
     assert facts["config"]["meta"]["steps"] == 6
     assert facts["config"]["episodes"]["held_out"] == 0.4
