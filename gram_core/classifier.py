@@ -287,6 +287,8 @@ class Classifier:
         Raises MethodUnavailable or InvalidTuning.
         """
         method = tuning.method or self.info.default_method
+        if tuning.method is None and method == "gram" and tuning.host not in (None, self._default_host("gram")):
+            method = "infomax"  # the checkpoint was learned for its own host alone
         if tuning.method is None and tuning.scope == "image" and method == "infomax":  # gram has that scope
             method = "tpt"  # one image carries no joint direction
         if method not in self.info.methods:
@@ -413,6 +415,10 @@ class Classifier:
                 views_ = min(8, self.configs[method].views)
                 plan = self.plan(Tuning(method=method, views=views_), BATCH_FROM, classes)
                 self.classify(images, classes, plan)
+        if self.learned is not None:  # noise is far from every prototype; these images are prototypes themselves
+            near = self.structure.modes[torch.arange(BATCH_FROM) % len(self.structure.modes)]
+            seen = Seen(near[:, None].expand(-1, 2, -1).contiguous(), tuple(i.sha256 for i in images))
+            self.answer(seen, classes, self.plan(Tuning(method="gram", views=2), BATCH_FROM, classes))
         started = time.perf_counter()
         self.backbone.encode_images(torch.stack([i.original for i in images]))
         image_s = (time.perf_counter() - started) / len(images)

@@ -321,8 +321,10 @@ def test_the_baseline_is_what_none_returns_with_a_checkpoint_and_without(server:
     assert [told(r, "explain") for r in told_why] == [told(r, "explain") for r in none]
 
 
-def test_another_host_than_the_learned_one_is_refused_in_words(server: Live) -> None:
-    refused = server.ask(*IMAGES[:8], adaptation={"host": "coop"})
+def test_another_host_than_the_learned_one_is_tuned_without_gram_or_refused_in_words(server: Live) -> None:
+    answered = ask(server, *IMAGES[:8], adaptation={"host": "coop"})
+    assert {r["adaptation"]["method"] for r in answered} == {"infomax"}
+    refused = server.ask(*IMAGES[:8], adaptation={"method": "gram", "host": "coop"})
     assert code(refused) == "method_unavailable"
     assert "gram was learned for host residual" in refused.json()["error"]["message"]
 
