@@ -265,6 +265,22 @@ def mechanism(report: Row) -> Iterator[str]:
                       "query loss, regulated step", "regulated less raw", "episodes"], rows)  # fmt: skip
 
 
+def gram_cost(report: Row) -> Iterator[str]:
+    """`benchmarks/gram_cost.py`."""
+    yield "## What GRAM adds to a request"
+    yield ""
+    yield f"    {report['command']}"
+    yield ""
+    yield (
+        f"{report['machine']}, {report['date']}; {report['weights']} learned numbers, {report['bank_mb']} MB of "
+        "prototypes in memory. Medians of a whole answer on cached features, without the image tower, which is the same for both."
+    )
+    yield ""
+    names = ["images", "classes", "infomax_ms", "gram_ms", "ratio"]
+    head = ["images", "classes", "joint tuning, ms", "GRAM, ms", "ratio of medians"]
+    yield from table(head, [[str(row[name]) for name in names] for row in report["rows"]])
+
+
 def clustering(report: Row) -> Iterator[str]:
     """`benchmarks/clustering.py`."""
     yield "## Cost of clustering"
@@ -300,6 +316,8 @@ def document(folder: Path) -> str:
         lines += contrast(found["contrast"])
     if "mechanism" in found:
         lines += mechanism(found["mechanism"])
+    if "gram_cost" in found:
+        lines += gram_cost(found["gram_cost"])
     if "clustering" in found:
         lines += clustering(found["clustering"])
     lines += text_path([found[n] for n in found if n.startswith("text_path")])
