@@ -273,8 +273,7 @@ def gram_cost(report: Row) -> Iterator[str]:
     yield ""
     yield (
         f"{report['machine']}, {report['date']}; {report['weights']} learned numbers, {report['bank_mb']} MB of "
-        "prototypes in memory. Medians of a whole answer on cached features, without the image tower, which is the same "
-        "for both."
+        "prototypes in memory. Medians of a whole answer on cached features, without the image tower, which both need."
     )
     yield ""
     names = ["images", "classes", "infomax_ms", "gram_ms", "ratio"]
