@@ -669,8 +669,6 @@ def test_a_checkpoint_of_another_model_or_cut_off_is_refused(tmp_path: Path, tin
         ({"settings": SETTINGS | {"view_scale": [0.5]}}, "settings can't be read"),
         ({"settings": SETTINGS | {"update": "adam"}}, "settings can't be read"),
         ({"settings": SETTINGS | {"host": "pilot"}}, "settings can't be read"),
-        ({"regulator": "gram"}, "regulator 'gram', which is not served"),
-        ({"params": weights_of() | {"start.u": torch.zeros(1, 2)}}, "a start, which is not served"),
     ],
 )
 def test_a_training_that_is_not_what_is_served_is_refused(tiny: Backbone, changes: dict[str, Any], said: str) -> None:

@@ -13,8 +13,9 @@ import torch
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from torch.nn import functional as F
 
-from gram_core.backbone import ASSETS, bundled_models
-from gram_core.classifier import Classifier
+from gram_core import gram
+from gram_core.backbone import ASSETS, bundled_models, file_sha256
+from gram_core.classifier import Classifier, Seen
 from gram_core.images import decode
 from gram_core.types import Tuning
 from tests.conftest import reference
@@ -48,8 +49,12 @@ def test_the_card_and_the_held_out_list_are_there() -> None:
     assert "seed" in json.dumps(held)
 
 
-def test_it_serves_joint_tuning_by_default(mini: Classifier) -> None:
-    assert mini.info.default_method == "infomax"
+def test_it_serves_gram_by_default_with_the_checkpoint_beside_it(mini: Classifier) -> None:
+    assert mini.info.default_method == "gram"
+    assert mini.info.methods == ("gram", "infomax", "tpt", "none")
+    assert mini.learned is not None
+    assert mini.info.checkpoint_sha256 == file_sha256(FOLDER / "gram.safetensors")
+    assert mini.info.defaults["gram"] == {"host": "residual", "scope": "batch", "steps": 20, "views": 8, "lr": 2e-4}
     assert mini.info.text_path == "exact"
     assert set(mini.info.hosts) >= {"coop", "residual"}
     assert mini.info.image_size == 161
@@ -102,3 +107,42 @@ def test_the_towers_load_through_open_clip_alone(tmp_path: Path) -> None:
     image = open_clip.image_transform(161, is_train=False)(decode(photo("coffee.png")).rgb)
     with torch.no_grad():
         assert model.encode_image(image[None]).shape == (1, 512)
+
+
+def request_of(mini: Classifier, names: list[str], shown: list[int], seed: int) -> tuple[Seen, list[int]]:
+    """Features of images that are there nowhere: class features seen through the root, with noise."""
+    gen = torch.Generator().manual_seed(seed)
+    texts = mini.texts.features(mini.class_set(names))
+    assert mini.root is not None
+    mean = 0.75 * mini.root + 0.5 * texts[shown]
+    views = mean[:, None] + 0.035 * torch.randn(len(shown), 8, mean.shape[1], generator=gen)
+    return Seen(F.normalize(views, dim=-1), tuple(bytes([i] * 32) for i in range(len(shown)))), shown
+
+
+def test_the_shipped_amounts_tell_a_request_of_one_class_from_one_of_all(mini: Classifier) -> None:
+    names = ["dog", "cat", "car", "bird", "horse", "boat", "house", "guitar"]
+    classes = mini.class_set(names)
+    plan = mini.plan(Tuning(), 32, classes)
+    assert plan.method == "gram"
+    skews, gains = [], []
+    for shown in ([3] * 32, [i % 8 for i in range(32)]):
+        seen, labels = request_of(mini, names, shown, 0)
+        relation = gram.relate(mini.structure, seen.originals)
+        context = gram.context(mini.structure, relation, seen.originals, mini.texts.features(classes), 20.0)
+        amounts = gram.amounts(mini.weights, context).told
+        skews.append(amounts["concentration"])
+        right = [[int(x.argmax()) == y for x in (r.baseline_cosines, r.cosines)]
+                 for r, y in zip(mini.answer(seen, classes, plan), labels, strict=True)]  # fmt: skip
+        gains.append(sum(after - before for before, after in right))
+    assert skews[0] < skews[1]  # equal shares weigh more where the images show many classes
+    assert gains[0] >= 0
+
+
+def test_the_images_that_meta_training_saw_are_listed(mini: Classifier) -> None:
+    assert mini.learned is not None
+    seen = json.loads((FOLDER / "seen.json").read_text())["seen"]
+    assert list(seen) == ["tiny-imagenet-32/val"]
+    assert len(set(seen["tiny-imagenet-32/val"])) == len(seen["tiny-imagenet-32/val"])
+    facts = mini.learned.checkpoint.facts["config"]
+    assert isinstance(facts, dict)
+    assert facts["share"] == {"tiny-imagenet-32/val": 0.8}

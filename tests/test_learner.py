@@ -19,6 +19,7 @@ from gram_core.errors import InvalidConfig
 from gram_core.gram import CONTEXT, OWN, Structure
 from gram_core.learner import CONSTANT, MARGINS, UNHEEDED, GramLearner, Told, margin, survey
 from gram_core.meta import LearnerConfig, MetaConfig, Optimizer, World, outer_step
+from gram_core.regulators import REGULATORS
 from gram_core.types import Params, Tuning
 from prototypes.hierarchy import MODE
 from tests.episodes_fixtures import D, world
@@ -98,6 +99,20 @@ def tensors(told: Told) -> list[Tensor]:
 @pytest.mark.parametrize("root", [True, False])
 @pytest.mark.parametrize("sure", ["wholly", "half", "not at all"])
 def test_a_simulated_request_is_told_what_the_server_answers(tiny: Backbone, count: int, root: bool, sure: str) -> None:
+    check_parity(tiny, count, root, sure)
+
+
+@pytest.mark.parametrize("regulator", ["gram", "structure", "meta_sgd"])
+@pytest.mark.parametrize("start", [False, True])
+def test_a_learned_start_and_regulator_are_served_as_they_were_trained(
+    tiny: Backbone, regulator: str, start: bool
+) -> None:
+    check_parity(tiny, 9, True, "wholly", regulator, start)
+
+
+def check_parity(
+    tiny: Backbone, count: int, root: bool, sure: str, regulator: str = "identity", start: bool = False
+) -> None:
     bank, top = bank_of(tiny), root_of(tiny)
     structure = Structure.of(bank)
     gen = torch.Generator().manual_seed(count)
@@ -112,7 +127,13 @@ def test_a_simulated_request_is_told_what_the_server_answers(tiny: Backbone, cou
     params = weights_of(seed=count, least=least, margin=0.2)
     params["context.mean"] = torch.randn(1, len(CONTEXT), generator=gen)
     params["context.spread"] = 0.5 + torch.rand(1, len(CONTEXT), generator=gen)
-    config = LearnerConfig(steps=4, lr=1e-3, bias=0.0, root=root)
+    config = LearnerConfig(steps=4, lr=1e-3, bias=0.0, root=root, regulator=regulator, start=start)
+    width = texts.shape[1]
+    made = REGULATORS[regulator].init({"residual": (None, width)}, gen)
+    drawn = made | ({"u": torch.zeros(1, width, 3), "v": torch.zeros(1, width, 3)} if start else {})
+    for name, w in drawn.items():  # away from the identity
+        own = f"regulator.{name}" if name in made else f"start.{name}"
+        params[own] = w + 0.3 * torch.randn(w.shape, generator=gen)
     mine = GramLearner(texts=texts, root=torch.from_numpy(top), scale=tiny.logit_scale, config=config,
                        structure=structure)  # fmt: skip
     shown = replace(
@@ -122,7 +143,9 @@ def test_a_simulated_request_is_told_what_the_server_answers(tiny: Backbone, cou
     told = mine.tell(params, shown)
     expected = gram.accepted(told.base, told.answer, 0.2)
 
-    served = Classifier(tiny, top, learned=learned_of(tiny, params, root=root))
+    left = learned_of(tiny, params, root=root)
+    left = replace(left, checkpoint=replace(left.checkpoint, regulator=regulator))
+    served = Classifier(tiny, top, learned=left)
     plan = served.plan(Tuning(method="gram", scope="image" if count == 1 else "batch"), count, classes)
     order = torch.randperm(count, generator=gen)
     answered = served.answer(Seen(support[order], tuple(bytes([i]) * 32 for i in order.tolist())), classes, plan)
