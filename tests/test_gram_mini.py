@@ -48,8 +48,11 @@ def test_the_card_and_the_held_out_list_are_there() -> None:
     assert "seed" in json.dumps(held)
 
 
-def test_it_serves_joint_tuning_by_default(mini: Classifier) -> None:
-    assert mini.info.default_method == "infomax"
+def test_it_serves_gram_by_default(mini: Classifier) -> None:
+    assert mini.info.default_method == "gram"
+    assert mini.info.methods == ("gram", "infomax", "tpt", "none")
+    assert mini.info.checkpoint_sha256 == hashlib.sha256((FOLDER / "gram.safetensors").read_bytes()).hexdigest()
+    assert mini.info.defaults["gram"] == mini.info.defaults["infomax"]  # what is compared differs in nothing else
     assert mini.info.text_path == "exact"
     assert set(mini.info.hosts) >= {"coop", "residual"}
     assert mini.info.image_size == 161
