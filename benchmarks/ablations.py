@@ -4,8 +4,8 @@
 
 OUT is the `--out` of `python -m gram_core.train recipes/gram-mini/meta.toml`. Every variant has the same steps,
 episodes and features; what differs is named in VARIANTS. A variant that is done is left alone, one that was stopped
-goes on.
-Prints the command that measures all of them.
+goes on. Stages that a variant shares are hard links, since their files are only ever replaced: OUT and ABLATIONS lie on
+one file system. Prints the command that measures all of them.
 """
 
 from __future__ import annotations
@@ -45,10 +45,9 @@ def main() -> None:
                 shutil.copytree(given.source / stage, folder / stage, copy_function=os.link)
         words = [str(RECIPES / "meta.toml"), "--data", str(given.data), "--out", str(folder), *VARIANTS[name]]
         subprocess.run([sys.executable, "-m", "gram_core.train", *words], check=True)
-    rows = " ".join(f"--checkpoints.{name}={given.out / name / 'checkpoint'}" for name in given.only)
-    sys.stdout.write(
-        f"python -m gram_core.evaluate --recipe {RECIPES / 'evaluate-gram.toml'} --data {given.data} {rows}\n"
-    )
+    rows = " ".join(f"{name}={given.out / name / 'checkpoint'}" for name in given.only)
+    recipe = RECIPES / "evaluate-gram.toml"
+    sys.stdout.write(f"python -m gram_core.evaluate --recipe {recipe} --data {given.data} --checkpoints {rows}\n")
 
 
 if __name__ == "__main__":

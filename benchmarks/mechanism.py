@@ -19,7 +19,6 @@ import os
 import platform
 import sys
 import tempfile
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,8 +85,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=300)
     given = parser.parse_args()
-    recipe = tomllib.loads((Path(__file__).parents[1] / "recipes/gram-mini/meta.toml").read_text())
-    backbone = towers.load(recipe["model"])
+    backbone = towers.load("gram-mini")
     tree = load_hierarchy(given.source / "tree", fingerprint=backbone.fingerprint)
     bank = load_bank(given.source / "tree", fingerprint=backbone.fingerprint)
     assert bank is not None
@@ -127,7 +125,7 @@ def main() -> None:
         "steps": given.steps,
         "seeds": given.seeds,
         "step_rms": STEP,
-        "rows": {name: meta._intervals(each) for name, each in rows.items()},
+        "rows": {name: meta.intervals(each) for name, each in rows.items()},
     }
     sys.stdout.write(json.dumps(told, indent=1) + "\n")
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ORDER = ("evaluate", "evaluate-zero-shot", "evaluate-variants", "evaluate-corruptions", "evaluate-training")
+ORDER = ("evaluate", "evaluate-gram", "evaluate-zero-shot", "evaluate-variants", "evaluate-corruptions",
+         "evaluate-training")  # fmt: skip
 HEAD = """# Results
 
 Written by `python benchmarks/results.py` from the JSON in `benchmarks/results/`; every table names the command that
@@ -73,7 +74,9 @@ def evaluation(name: str, summary: Row) -> Iterator[str]:
     hardware, settings = summary["hardware"], summary["settings"]
     yield f"## {summary['title']}"
     yield ""
-    yield f"    python -m gram_core.evaluate --recipe recipes/gram-mini/{name}.toml --data DIR"
+    trained = [m["name"].removeprefix("gram:") for m in summary["methods"] if m["name"].startswith("gram:")]
+    others = " --checkpoints " + " ".join(f"{each}=DIR" for each in trained) if trained else ""
+    yield f"    python -m gram_core.evaluate --recipe recipes/gram-mini/{name}.toml --data DIR{others}"
     yield ""
     yield (
         f"{summary['date']}, commit {summary['commit']}, {hardware['cpu']}, {hardware['cores']} cores, device "

@@ -3,8 +3,8 @@
     python benchmarks/throughput.py [--requests 20] [--clients 2]
 
 Starts `python -m server` with the bundled model, posts JPEGs cut from scikit-image's photographs (extra `demo`) and
-prints images per second and latency for: zero-shot with 1 and with 32 images a request, joint tuning of 32 images, and
-per-image tuning with 16 views. Client and server share the machine. Prints one JSON object.
+prints images per second and latency for: zero-shot with 1 and with 32 images a request, GRAM and joint tuning of 32
+images, and per-image tuning with 16 views. Client and server share the machine. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from examples.demo import CLASSES, PHOTOS, running_server
 MODES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero-shot, 1 image": (1, {"method": "none"}),
     "zero-shot, 32 images": (32, {"method": "none"}),
-    "infomax, scope batch, 32 images, 8 views": (32, {"scope": "batch"}),
-    "infomax, coop host, 32 images, 8 views": (32, {"scope": "batch", "host": "coop"}),
+    "gram, scope batch, 32 images, 8 views": (32, {"method": "gram", "scope": "batch"}),
+    "infomax, scope batch, 32 images, 8 views": (32, {"method": "infomax", "scope": "batch"}),
+    "infomax, coop host, 32 images, 8 views": (32, {"method": "infomax", "scope": "batch", "host": "coop"}),
     "tpt, scope image, 1 image, 16 views": (1, {"method": "tpt", "views": 16}),
     "tpt, scope image, 8 images, 16 views": (8, {"method": "tpt", "views": 16}),
 }

@@ -1,8 +1,8 @@
 """Tasks for meta-training, drawn from the tree: a support set, queries across a gap, and what the task may not see.
 
 An episode is either a supervised task of K_S shots or a simulated request of unlabeled images (docs/method.md,
-sections 1-3 and 6). It holds features, class names and masks; the model that made them and the learner that uses them
-are none of its business. `Tasks.episode(i, progress)` is a pure function: any process may draw any episode.
+"Episodes of meta-training"). It holds features, class names and masks; the model that made them and the learner that
+uses them are none of its business. `Tasks.episode(i, progress)` is a pure function: any process may draw any episode.
 """
 
 from __future__ import annotations

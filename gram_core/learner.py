@@ -22,6 +22,7 @@ from gram_core.meta import Metrics, ResidualLearner, Tasks, World
 from gram_core.prompts.residual import shifted
 from gram_core.types import Params
 
+# of acceptance, the laxest first; at the last one a new label among eight images has to lead by 0.8
 MARGINS = (0.0, 0.2, 0.4, 0.8, 1.2, 1.6, 2.4, 3.2, 4.8, 6.4)
 LEAST = 0.05  # share of simulated requests that lie below the novelty at which trust is a half
 CONSTANT, UNHEEDED = 1e-4, 1e6  # a context that deviates by less than the one is measured by the other
@@ -196,10 +197,8 @@ def margin(learner: GramLearner, params: Params, tasks: Tasks[Episode], numbers:
                 gains.append(float(((new == labels).double() - (told.base.argmax(-1) == labels).double()).mean()))
             rows.append([i, *gains])
     rows = sorted(row for part in world.gather(rows) for row in part)
+    allowed = len(rows) * (learner.config.loss / 100 + 1e-9)  # shares of thirds and tenths don't cancel exactly
     for place, each in enumerate(MARGINS):
-        gains = [row[1 + place] for row in rows]
-        if sum(gains) >= (-learner.config.loss / 100 - 1e-9) * len(
-            gains
-        ):  # means of thirds and tenths don't cancel exactly
+        if sum(row[1 + place] for row in rows) >= -allowed:
             return torch.full((1, 1), each)
     return torch.full((1, 1), MARGINS[-1])

@@ -215,7 +215,7 @@ def outer_step(
     pieces = (total / config.episodes).split(sizes)
     grads = {name: piece.view_as(p).to(p) for (name, p), piece in zip(params.items(), pieces, strict=True)}
     norms = optimizer.step(step, grads)
-    return {name: mean for name, (mean, _, _) in _intervals([metrics for _, metrics, _ in reports]).items()} | norms
+    return {name: mean for name, (mean, _, _) in intervals([metrics for _, metrics, _ in reports]).items()} | norms
 
 
 def validate(learner: Learner[E], tasks: Tasks[E], params: Params, count: int, world: World) -> dict[str, Interval]:
@@ -227,10 +227,10 @@ def validate(learner: Learner[E], tasks: Tasks[E], params: Params, count: int, w
         wrong = [name for name, value in metrics.items() if not math.isfinite(value)]
         if wrong:
             raise TrainingDiverged(f"held-out episode {i} gives {', '.join(wrong)} that is not finite.")
-    return _intervals([metrics for _, metrics in reports])
+    return intervals([metrics for _, metrics in reports])
 
 
-def _intervals(rows: Sequence[Metrics]) -> dict[str, Interval]:
+def intervals(rows: Sequence[Metrics]) -> dict[str, Interval]:
     """Each metric over the episodes that have it; episodes are independent, so the interval is that of a mean."""
     made = {}
     for name in sorted({name for row in rows for name in row}):

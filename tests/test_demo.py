@@ -23,4 +23,5 @@ def test_the_demo_answers_every_photograph_before_and_after_and_stops_cleanly() 
     assert result.returncode == 0, result.stdout + result.stderr
     rows = re.findall(r"│ (\w+\.(?:png|jpg)) +│ \S.* \d\.\d\d +│ \S.* \d\.\d\d +│ +\d", result.stdout)
     assert len(rows) >= 8
+    assert "method gram, scope batch" in result.stdout
     assert "exit code 0" in result.stdout

@@ -522,6 +522,10 @@ def test_the_command_in_the_report_names_no_folder_of_this_machine() -> None:
     assert public(words) == (
         "python -m gram_core.evaluate --model b --data DIR --methods tpt --out=DIR --title 'two words'"
     )
+    words = ["--checkpoint", here, "--checkpoints", f"seed-1={here}", "seed-2=c/d", "--methods", "gram"]
+    assert public(words) == (
+        "python -m gram_core.evaluate --checkpoint DIR --checkpoints seed-1=DIR seed-2=DIR --methods gram"
+    )
 
 
 # ---- parity with the server ----
@@ -571,9 +575,12 @@ def test_a_row_for_a_checkpoint_that_was_trained_otherwise(options: Make, model:
     assert rows["gram:same"] == rows["gram"]
     with pytest.raises(InvalidData, match="Name the folder that training wrote"):
         run(options(methods=("gram",), checkpoints={"none": str(tmp_path / "nowhere")}))
+    bare = write_model(tmp_path / "bare", TINY)
+    with pytest.raises(InvalidData, match="Name its --checkpoint as well"):
+        run(options(model=str(bare), methods=("gram",), checkpoints={"other": str(other)}))
 
 
-def test_images_that_training_saw_are_left_out_and_counted(options: Make, model: Path) -> None:
+def test_images_that_training_saw_are_left_out_and_counted(options: Make, model: Path, tmp_path: Path) -> None:
     seen = model / "seen.json"
     try:
         seen.write_text(json.dumps({"seen": {"colours": ["red/00.png", "blue/03.png", "blue/gone.png"]}}))
@@ -581,6 +588,10 @@ def test_images_that_training_saw_are_left_out_and_counted(options: Make, model:
         assert len(given) == 34
         assert not {"red/00.png", "blue/03.png"} & set(given.keys)
         assert "2 images that meta-training saw are left out." in given.notes
+        assert len(open_sets(options(seen=""), lambda _: None)[0]) == 36
+        (tmp_path / "seen.json").write_text(json.dumps({"seen": {"colours": ["red/00.png", "red/01.png"]}}))
+        (given,) = open_sets(options(checkpoints={"other": str(tmp_path)}), lambda _: None)
+        assert len(given) == 33  # what any row was trained on
         seen.write_text("{}")
         with pytest.raises(InvalidData, match="is no list of images"):
             open_sets(options(), lambda _: None)

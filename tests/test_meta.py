@@ -131,7 +131,7 @@ def test_an_episode_that_says_nothing_about_what_is_learned_counts_as_zero() -> 
 
 def test_intervals_are_those_of_a_mean_over_the_episodes_that_have_the_metric() -> None:
     rows = [{"a": 1.0, "b": 5.0}, {"a": 2.0}, {"a": 6.0}]
-    got = meta._intervals(rows)
+    got = meta.intervals(rows)
     assert got["b"] == [5.0, 0.0, 1]
     assert got["a"] == [3.0, pytest.approx(1.96 * 7**0.5 / 3**0.5), 3]
 

@@ -261,7 +261,7 @@ def test_a_chain_acts_from_left_to_right_and_keeps_each_parts_weights() -> None:
 
 
 def test_a_positive_elementwise_scale_changes_an_rms_step_and_never_a_sign_step() -> None:
-    """The trap of method.md, section 4: AdamW's first step, TPT's, feels changes of sign alone."""
+    """The trap of an AdamW step (docs/method.md): AdamW's first step, TPT's, feels changes of sign alone."""
     g, p = gradients()["context"], torch.zeros(E, 4, 16)
     scale = {"context.scale": torch.linspace(0.5, 2.0, 64).reshape(1, 4, 16)}
     scaled = MetaSGD()(scale, {"context": g}, Context())["context"]
@@ -397,7 +397,7 @@ def test_the_structure_pulls_by_trust_and_need_and_at_most_by_twice_the_norm() -
     assert 2 * PULL_START**2 < 1e-6  # the identity at the start
 
 
-# ---- does it learn? The toy of method.md, section 4 -----------------------------------------------------------
+# ---- does it learn? The toy of docs/method.md ------------------------------------------------------------------
 
 WIDTH, SHARED = 32, 24  # the other 8 dimensions differ between the domains of support and query
 

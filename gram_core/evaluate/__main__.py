@@ -20,7 +20,7 @@ from gram_core.evaluate.options import EvaluateConfig
 from gram_core.evaluate.run import evaluate
 
 PROGRAM = "python -m gram_core.evaluate"
-PATHS = ("--data", "--out", "--cache", "--model-dir")
+PATHS = ("--data", "--out", "--cache", "--model-dir", "--checkpoint", "--checkpoints")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -54,14 +54,14 @@ def write_json(path: Path, summary: dict[str, object]) -> None:
 def public(words: Sequence[str]) -> str:
     """The command as anyone can run it: folders of this machine become DIR."""
     shown: list[str] = []
-    hide = False
+    hide = named = False
     for word in words:
         flag, equals, value = word.partition("=")
         if word.startswith("--"):
-            hide = flag in PATHS
+            hide, named = flag in PATHS, flag == "--checkpoints"
             word = f"{flag}=DIR" if hide and equals and value else word
         elif hide:
-            word = "DIR"
+            word = f"{flag}=DIR" if equals and named else "DIR"
         elif os.path.isabs(word):
             word = Path(word).name
         if not (word == "DIR" and shown and shown[-1] == "DIR"):

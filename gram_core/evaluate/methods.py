@@ -150,11 +150,11 @@ def _control(classifier: Classifier, kind: str) -> Classifier:
     assert classifier.learned is not None
     if kind not in classifier.controls:
         learned = classifier.learned
-        if kind == "untrained":
+        if kind in ("start", "untrained"):
             generator = torch.Generator().manual_seed(0)
             fresh = gram.init(generator)
             out = torch.randn(fresh["amounts.out"].shape, generator=generator)  # as large as a layer usually starts
-            drawn = fresh | {"amounts.out": out / out.shape[1] ** 0.5}
+            drawn = fresh if kind == "start" else fresh | {"amounts.out": out / out.shape[1] ** 0.5}
             kept = {n: w for n, w in learned.checkpoint.params.items() if not n.startswith("amounts.")}
             params = kept | {n: w for n, w in drawn.items() if n.startswith("amounts.")}
             learned = replace(learned, checkpoint=replace(learned.checkpoint, params=params))
@@ -295,6 +295,7 @@ METHODS: dict[str, Method] = {
     ),
     "gram-permuted": _gram("GRAM, prototypes permuted at test time", partial(_controlled, "permuted")),
     "gram-random": _gram("GRAM, random prototypes at test time", partial(_controlled, "random")),
+    "gram-start": _gram("GRAM, the amounts that training starts from", partial(_controlled, "start")),
     "gram-untrained": _gram("GRAM, random-weight regulator", partial(_controlled, "untrained")),
     "gram-ensemble": Method(
         label="prototypes as an ensemble, no tuning",

@@ -29,7 +29,7 @@ class EvaluateConfig:
     model: str = option("gram-mini", "model as in GRAM_MODEL: bundled, NAME/TAG, a directory or hf-hub:ORG/REPO")
     checkpoint: Path | None = option(None, "folder of the GRAM checkpoint, as GRAM_CHECKPOINT; else the model's own")
     checkpoints: dict[str, str] = option({}, "NAME=FOLDER: a row gram:NAME for a checkpoint that was trained otherwise")
-    seen: str = option("seen.json", "list beside the checkpoint of images it was trained on: no set shows these")
+    seen: str = option("seen.json", "list beside a checkpoint of images it was trained on, left out; empty: none")
     larger: str | None = option(None, "a second, larger model: its frozen zero-shot stands beside the methods")
     data: tuple[Path, ...] = option(
         (), "image folders, zips of folders, .tar shards, CSVs, or a folder that holds any of these", whole=True
@@ -144,17 +144,21 @@ def open_sets(config: EvaluateConfig, say: Callable[[str], None]) -> list[Labell
 
 
 def _seen(config: EvaluateConfig) -> frozenset[str]:
-    """SET/FILE of every image that the checkpoint was trained on."""
-    folder = config.checkpoint or towers.locate(config.model, config.model_dir).folder
-    try:
-        lists = json.loads((folder.expanduser() / config.seen).read_bytes())["seen"]
-        return frozenset(f"{name}/{key}" for name, keys in lists.items() for key in keys)
-    except FileNotFoundError:
+    """SET/FILE of every image that one of the checkpoints was trained on: all rows answer the same images."""
+    if not config.seen:
         return frozenset()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidData(
-            f'{folder / config.seen} is no list of images ({error!r}): {{"seen": {{SET: [FILE, ...]}}}}.'
-        ) from None
+    own = config.checkpoint or towers.locate(config.model, config.model_dir).folder
+    found: set[str] = set()
+    for folder in (own, *map(Path, config.checkpoints.values())):
+        path = folder.expanduser() / config.seen
+        try:
+            lists = json.loads(path.read_bytes())["seen"]
+            found.update(f"{name}/{key}" for name, keys in lists.items() for key in keys)
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidData(f'{path} is no list of images ({error!r}): {{"seen": {{SET: [FILE, ...]}}}}.') from None
+    return frozenset(found)
 
 
 def _without(given: LabelledSet, seen: frozenset[str]) -> LabelledSet:

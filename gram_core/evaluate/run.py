@@ -91,7 +91,7 @@ class _Run:
         self.others = {f"gram:{name}": self._trained(name, Path(path)) for name, path in config.checkpoints.items()}
         for name in self.others:
             row = replace(METHODS["gram"], label=f"GRAM, {name.removeprefix('gram:')}")
-            self.rows[name] = row, views_of(row, self.classifier, config.crops, config.view_seed)
+            self.rows[name] = row, views_of(row, self.others[name], config.crops, config.view_seed)
         self.sets: list[dict[str, Any]] = []
         self.cells: list[dict[str, Any]] = []
         self.reliability: dict[tuple[str, Protocol], list[readout.Diagram]] = {}
@@ -103,7 +103,9 @@ class _Run:
         """The same model with the checkpoint in `folder`."""
         learned, why = load_learned(folder.expanduser(), self.classifier.backbone.fingerprint)
         if learned is None:
-            raise InvalidData(f"checkpoints.{name}: {why} in {folder}. Name the folder that training wrote.")
+            raise InvalidData(f"checkpoints {name}: {why} in {folder}. Name the folder that training wrote.")
+        if self.classifier.root is None:
+            raise InvalidData(f"checkpoints {name}: the model has no root prototype. Name its --checkpoint as well.")
         return self.classifier.variant(learned)
 
     def measure(self, given: LabelledSet, progress: Progress, label: str, counts: bool) -> Iterator[str]:
