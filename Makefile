@@ -2,6 +2,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Processes of the test run; each takes about 2 GB.
+WORKERS ?= 2
 LOCK := --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --quiet
 
 # Threads that wait give their core to others: steadier where torch is not alone on the machine.
@@ -20,7 +22,7 @@ check: $(READY)
 	$(BIN)/mypy --strict && $(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py

@@ -307,7 +307,12 @@ def test_the_deadline_is_answered_on_time_even_for_a_queued_request() -> None:
 def test_the_deadline_of_a_running_request_is_answered_on_time_and_its_bytes_are_held_until_it_ends() -> None:
     classifier = HeldClassifier()
     with live(classifier) as server:
-        assert code(server.ask(timeout_ms=60)) == "deadline_exceeded"
+
+        def overtaken() -> bool:  # on a busy machine 60 ms can pass before the engine has the request: ask again
+            assert code(server.ask(timeout_ms=60)) == "deadline_exceeded"
+            return bool(classifier.runs)
+
+        until(overtaken, "the deadline of a running request passes")
         assert server.service.budget.held > 0
         classifier.gate.set()
         until(lambda: server.service.budget.held == 0, "the bytes are given back")
