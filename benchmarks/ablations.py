@@ -18,13 +18,24 @@ import sys
 from pathlib import Path
 
 RECIPES = Path("recipes/gram-mini")
-VARIANTS: dict[str, list[str]] = {
-    "seed-1": ["--meta.seed=1", "--episodes.seed=1"],
-    "seed-2": ["--meta.seed=2", "--episodes.seed=2"],
+SEEDS = {"": [], "-seed-1": ["--meta.seed=1", "--episodes.seed=1"], "-seed-2": ["--meta.seed=2", "--episodes.seed=2"]}
+PROTOTYPES = {
     "no-structure": ["--learner.prototypes=none"],
     "permuted-prototypes": ["--learner.prototypes=permuted"],
     "random-prototypes": ["--learner.prototypes=random"],
+}
+OWN_TREE = {
     "permuted-complexity": ["--tree.complexity=permuted", "--episodes.complexity=permuted"],
+    "random-tree": ["--tree.kind=random"],
+    "flat-tree": ["--tree.kind=flat"],
+    "image-tree": ["--tree.kind=image"],
+    "text-tree": ["--tree.kind=text"],
+}
+VARIANTS: dict[str, list[str]] = {
+    "seed-1": SEEDS["-seed-1"],
+    "seed-2": SEEDS["-seed-2"],
+    **{name + seed: words + more for name, words in PROTOTYPES.items() for seed, more in SEEDS.items()},
+    **OWN_TREE,
     "start-learned": ["--learner.start"],
     "gradient-turned": ["--learner.regulator=gram", "--learner.regulator-rate=1e-3"],
     "gradient-turned-structure": ["--learner.regulator=structure", "--learner.regulator-rate=1e-3"],
@@ -40,7 +51,7 @@ def main() -> None:
     given = parser.parse_args()
     for name in given.only:
         folder = given.out / name
-        for stage in ("features", "views") + (() if name == "permuted-complexity" else ("tree",)):
+        for stage in ("features", "views") + (() if name in OWN_TREE else ("tree",)):
             if not (folder / stage).exists():
                 shutil.copytree(given.source / stage, folder / stage, copy_function=os.link)
         words = [str(RECIPES / "meta.toml"), "--data", str(given.data), "--out", str(folder), *VARIANTS[name]]
