@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -111,7 +112,11 @@ def main(argv: Sequence[str]) -> int:
             _fetch(settings)
         except GramError as error:
             return _refuse(BAD_MODEL, error.message)
-        return serve(create_app(settings), settings, port)
+        try:
+            app = create_app(settings)
+        except InvalidSettings as error:  # what a setting names can't be used
+            return _refuse(BAD_SETTINGS, str(error))
+        return serve(app, settings, port)
 
 
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
@@ -135,6 +140,8 @@ def serve(app: FastAPI, settings: Settings, port: socket.socket) -> int:
     service: Service = app.state.service
     server = Server(http_config(app, settings), service)
     host, number = port.getsockname()[:2]
+    if (keys := service.guard.keys) is not None:
+        signal.signal(signal.SIGHUP, lambda *_: keys.reload())
     log.info("listening", extra={"fields": {"host": host, "port": number}})
     server.run(sockets=[port])
     failure = service.engine.failure

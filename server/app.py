@@ -29,6 +29,7 @@ from gram_core.errors import GramError, InvalidClasses
 from gram_core.types import Answer, Plan
 from server import images
 from server.answers import ClassifyAnswer, ErrorAnswer, classification
+from server.auth import Guard, Rates
 from server.engine import Classifier, Engine, Job
 from server.errors import STATUS, ApiError, from_core
 from server.images import Checked
@@ -107,12 +108,13 @@ def create_app(
     for path, probe in probes.items():
         app.add_api_route(path, probe, operation_id=path[1:], responses=_responses(None, 503))
         app.add_api_route(path, probe, methods=["HEAD"], include_in_schema=False)
-    app.add_api_route("/info", service.info, operation_id="info", responses=_responses(None, 503))
-    app.add_api_route("/metrics", service.scrape, operation_id="metrics")
+    app.add_api_route("/info", service.info, operation_id="info", responses=_responses(None, 401, 403, 421, 503))
+    app.add_api_route("/metrics", service.scrape, operation_id="metrics", responses=_responses(None, 401))
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     app.add_middleware(
         Ingress,
         settings=settings,
+        guard=service.guard,
         metrics=service.metrics,
         paths=frozenset(route.path for route in app.routes if hasattr(route, "path")),
         model=service.model_tag,
@@ -143,6 +145,8 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.engine = Engine(load, settings, self.metrics)
+        self.guard = Guard(settings)
+        self.rates = Rates(settings.rate_cost, settings.queue_seconds)
         self.budget = Budget(settings.max_inflight_bytes, self.metrics)
         self.draining = False
         self.started = time.time()
@@ -205,6 +209,7 @@ class Service:
         plan = _plan(call, len(call.posted), class_set)
         tokenized = call.exchange.elapsed_ms()
         with engine.place(classifier.cost(plan, len(call.posted), class_set)) as place:
+            self._spend(call, place.cost)
             items = await self._decode(call)
             times["decode"] = call.exchange.elapsed_ms() - tokenized
             prepared = [item for item in items if not isinstance(item, ApiError)]
@@ -286,6 +291,13 @@ class Service:
         kept = sum(item.nbytes for item in items if not isinstance(item, ApiError))
         call.lease.grow(min(0, kept - pixels))
         return items
+
+    def _spend(self, call: Call, cost: float) -> None:
+        try:
+            self.rates.spend(call.exchange.owner, cost)
+        except ApiError:
+            self.metrics.rejected.labels("rate").inc()
+            raise
 
     async def _run(self, job: Job, call: Call) -> Answer:
         try:

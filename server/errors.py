@@ -12,6 +12,8 @@ from gram_core.errors import DeviceError, GramError, OutOfMemory
 STATUS = {
     "malformed_body": 400,
     "invalid_base64": 400,
+    "unauthenticated": 401,
+    "origin_not_allowed": 403,
     "not_found": 404,
     "method_not_allowed": 405,
     "body_timeout": 408,
@@ -22,6 +24,7 @@ STATUS = {
     "request_too_costly": 413,
     "unsupported_media_type": 415,
     "unsupported_image_format": 415,
+    "host_not_allowed": 421,
     "invalid_request": 422,
     "bad_template": 422,
     "templates_not_allowed": 422,
@@ -35,6 +38,7 @@ STATUS = {
     "image_shape_unsupported": 422,
     "image_too_complex": 422,
     "overloaded": 429,
+    "rate_limited": 429,
     "internal": 500,
     "class_sets_disabled": 501,
     "not_ready": 503,
@@ -98,4 +102,6 @@ def internal() -> ApiError:
 def _kind(status: int) -> str:
     if status == 429:
         return "overloaded_error"
+    if status in (401, 403, 421):
+        return "access_error"
     return "server_error" if status >= 500 else "invalid_request_error"

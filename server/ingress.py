@@ -20,6 +20,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.auth import Guard
 from server.errors import CLIENT_GONE, ApiError, ClientGone, internal
 from server.metrics import Metrics
 from server.settings import Settings
@@ -40,6 +41,7 @@ class Exchange:
     stage: str = "body"
     timings_ms: dict[str, float] = field(default_factory=dict)
     body_read: bool = False
+    owner: str | None = None  # of the key
 
     def elapsed_ms(self) -> float:
         """Since the request's headers arrived."""
@@ -60,12 +62,14 @@ class Ingress:
         app: ASGIApp,
         *,
         settings: Settings,
+        guard: Guard,
         metrics: Metrics,
         paths: frozenset[str],
         model: Callable[[], str | None],
     ) -> None:
         self.app = app
         self.settings = settings
+        self.guard = guard
         self.metrics = metrics
         self.paths = paths
         self.model = model
@@ -79,6 +83,7 @@ class Ingress:
         exchange = scope["gram.exchange"] = Exchange(_request_id(headers))
         route = scope["path"] if scope["path"] in self.paths else "other"
         status = CLIENT_GONE
+        peer = (scope.get("client") or ("",))[0]
         has_body = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
         async def leave(message: Message) -> None:
@@ -90,6 +95,8 @@ class Ingress:
                 out["server-timing"] = _server_timing(exchange)
                 out["cache-control"] = "no-store"
                 out["x-content-type-options"] = "nosniff"
+                for name, value in (self.guard.cors(headers) or {}).items():
+                    out[name] = value
                 if (model := self.model()) is not None:
                     out["x-gram-model"] = model
                 if has_body and not exchange.body_read:
@@ -103,8 +110,17 @@ class Ingress:
             await leave({"type": "http.response.start", "status": error.status, "headers": raw})
             await leave({"type": "http.response.body", "body": body})
 
+        async def agree(preflight: dict[str, str]) -> None:
+            raw = [(name.encode(), value.encode()) for name, value in preflight.items()]
+            await leave({"type": "http.response.start", "status": 204, "headers": raw})
+            await leave({"type": "http.response.body", "body": b""})
+
         self.metrics.inflight.inc()
         try:
+            if (preflight := self.guard.preflight(scope["method"], headers, peer)) is not None:
+                await agree(preflight)
+                return
+            exchange.owner = self.guard.admit(scope["method"], scope["path"], headers, peer)
             declared_length(headers, self.settings.max_body_bytes)
             await self.app(scope, receive, leave)
         except asyncio.CancelledError:  # the drain time is over

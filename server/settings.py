@@ -7,6 +7,7 @@ this package reads the environment.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,19 +15,35 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
     model_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from gram_core.images import PILLOW_MAX_PIXELS
 
 PREFIX = "GRAM_"
 BYTES_PER_PIXEL = 3  # a decoded image is 8-bit RGB while it waits
+
+
+def _words(value: object) -> object:
+    """`a, b` as ("a", "b")."""
+    return tuple(word for part in value.split(",") if (word := part.strip())) if isinstance(value, str) else value
+
+
+def _network(value: str) -> str:
+    ipaddress.ip_network(value, strict=False)
+    return value
+
+
+Origin = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9._\-\[\]:]+$")]
+Network = Annotated[str, AfterValidator(_network)]
 
 
 class InvalidSettings(ValueError):
@@ -77,6 +94,13 @@ class Settings(BaseSettings):
     queue_seconds: PositiveFloat = 4.0
     decode_threads: Annotated[int, Field(ge=1, le=64)] = 4
     text_cache_bytes: NonNegativeInt = 268_435_456
+
+    api_keys_file: Annotated[Path, AfterValidator(Path.expanduser)] | None = None  # None: no keys
+    metrics_public: bool = True
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)] = ("localhost", "127.0.0.1", "::1")
+    cors_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_words)] = ()
+    trusted_proxies: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_words)] = ()
+    rate_cost: NonNegativeFloat = 0.0  # cost a second for each key; 0: no limit
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="after")

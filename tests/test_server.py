@@ -382,7 +382,7 @@ def test_probes_are_answered_while_the_engine_works_and_while_images_are_decoded
 def request_bytes(content: bytes, *more: str, length: int | None = None) -> bytes:
     lines = [
         "POST /classify HTTP/1.1",
-        "Host: x",
+        "Host: localhost",
         "Content-Type: application/json",
         f"Content-Length: {len(content) if length is None else length}",
         *more,
@@ -439,10 +439,11 @@ def test_a_body_that_does_not_arrive_is_408() -> None:
 @pytest.mark.parametrize(
     "head",
     [
-        b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
-        b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n12345",
-        b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: five\r\n\r\n",
-        b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+        b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+        b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n12345",
+        b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: five\r\n\r\n",
+        b"POST /classify HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0"
+        b"\r\n\r\n",
         b"GARBAGE\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00",
     ],
@@ -619,6 +620,7 @@ def test_every_code_has_a_status_and_only_load_and_time_are_retryable() -> None:
     assert {code for code, status in STATUS.items() if status in RETRYABLE} == {
         "body_timeout",
         "overloaded",
+        "rate_limited",
         "not_ready",
         "draining",
         "accelerator_failed",
