@@ -21,12 +21,11 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from gram_core.errors import DeviceError, GramError
 from server.app import Service, create_app
-from server.errors import ApiError
 from server.settings import InvalidSettings, Settings, read_settings, usage
+from server.wire import http_config
 
 OK, BAD_SETTINGS, BAD_MODEL, NO_PORT, ENGINE_ENDED, DEVICE_FAILED, ABANDONED = 0, 64, 65, 69, 70, 80, 83
 LAST_RESORT_S = 2.0  # a process whose device is broken may hang on its way out
@@ -48,18 +47,6 @@ class JsonLines(logging.Formatter):
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, default=repr)
-
-
-class Protocol(HttpToolsProtocol):
-    """uvicorn's parser, answering what isn't HTTP with our envelope."""
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer and hang up; `msg` is uvicorn's own sentence."""
-        body = ApiError("malformed_body", "the request is not HTTP/1.1").envelope("")
-        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        log.debug(msg)
-        self.transport.write(STATUS_LINE[400] + head.encode() + body)
-        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -117,22 +104,6 @@ def main(argv: Sequence[str]) -> int:
         except InvalidSettings as error:  # what a setting names can't be used
             return _refuse(BAD_SETTINGS, str(error))
         return serve(app, settings, port)
-
-
-def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """How uvicorn is to run the app."""
-    return uvicorn.Config(
-        app,
-        http=Protocol,
-        loop="uvloop",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=settings.drain_s,
-    )
 
 
 def serve(app: FastAPI, settings: Settings, port: socket.socket) -> int:

@@ -77,10 +77,13 @@ class Settings(BaseSettings):
 
     timeout_ms: PositiveInt = 30_000
     max_timeout_ms: PositiveInt = 120_000
+    header_timeout_s: PositiveFloat = 5.0
     body_timeout_s: PositiveFloat = 30.0
     stall_s: PositiveFloat = 60.0
     drain_s: PositiveInt = 30
 
+    max_connections: PositiveInt = 1024
+    max_header_bytes: Annotated[int, Field(ge=1024)] = 32_768
     max_body_bytes: PositiveInt = 33_554_432
     max_image_bytes: PositiveInt = 16_777_216
     max_inflight_bytes: PositiveInt = 1_073_741_824

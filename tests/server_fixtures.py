@@ -20,13 +20,13 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from gram_core.types import Answer, Plan
-from server.__main__ import http_config
 from server.answers import ClassifyAnswer, ErrorAnswer
 from server.app import Service, create_app
 from server.engine import Classifier
 from server.errors import STATUS
 from server.fake import FakeClassifier, FakeClassSet, FakePrepared
 from server.settings import Settings
+from server.wire import http_config
 
 PATIENCE_S = 10.0  # for things that take milliseconds; only a bug waits this long
 
