@@ -18,6 +18,7 @@ Grad: TypeAlias = Callable[[Params], Params]
 Loss: TypeAlias = Callable[[Params], Tensor]
 Update: TypeAlias = Callable[[Tensor, Tensor, float], Tensor]
 Regulate: TypeAlias = Callable[[Params], Params]
+Active: TypeAlias = Callable[[int], Tensor | None]
 
 EPS = 1e-8
 ADAMW_DECAY = 0.01
@@ -71,16 +72,28 @@ def adapt(
     update: Update = rms,
     lr: float,
     steps: int,
+    active: Active | None = None,
 ) -> Params:
     """Take `steps` regulated steps from `params` and return the new ones; touch nothing.
 
     First order: gradients are constants, so an outer loss sees `params` through the identity path only.
-    `steps=0` returns params equal to the input.
+    `steps=0` returns params equal to the input. `active` is asked before each step, with the number of steps taken,
+    which episodes go on: (E,) bool, or None for all. An episode that has stopped keeps its params.
 
     >>> adapt(of(lambda p: p["x"].square().sum(1)), {"x": torch.ones(1, 2)}, update=sgd, lr=0.25, steps=1)
     {'x': tensor([[0.5000, 0.5000]])}
     """
-    for _ in range(steps):
+    for step in range(steps):
+        going = None if active is None else active(step)
+        if going is not None and not bool(going.any()):
+            break
         grads = regulate({name: g.detach() for name, g in grad(params).items()})
-        params = {name: update(p, grads[name], lr) for name, p in params.items()}
+        stepped = {name: update(p, grads[name], lr) for name, p in params.items()}
+        if going is not None and not bool(going.all()):
+            stepped = {name: torch.where(_like(going, p), stepped[name], p) for name, p in params.items()}
+        params = stepped
     return dict(params)
+
+
+def _like(going: Tensor, p: Tensor) -> Tensor:
+    return going.to(p.device).reshape(-1, *[1] * (p.dim() - 1))

@@ -355,13 +355,14 @@ class Backbone:
         return tensor
 
     @torch.no_grad()
-    def encode_images(self, pixels: Tensor, *, views: bool = False) -> Tensor:
+    def encode_images(self, pixels: Tensor, *, views: bool = False, chunk: int | None = None) -> Tensor:
         """(M, 3, size, size) preprocessed pixels to (M, D) unit-norm float32 features on the device.
 
         Runs in chunks of one fixed shape, the last one padded with zeros, so that a row's value does not depend on
-        how many rows there are.
+        how many rows there are. `chunk` is another shape, for a device that has no memory for the usual one.
         """
-        chunk = self.view_chunk if views else self.image_chunk
+        if chunk is None:
+            chunk = self.view_chunk if views else self.image_chunk
         features = []
         for start in range(0, len(pixels), chunk):
             part = pixels[start : start + chunk].to(self.device, self.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gram_core import objectives
-from gram_core.adapt import UPDATES, Regulate, adapt, identity, of
+from gram_core.adapt import UPDATES, Active, Regulate, adapt, identity, of
 from gram_core.prompts import PromptMethod
 from gram_core.text import ClassSet
 from gram_core.types import Params
@@ -41,6 +41,7 @@ def marginal(
     update: str,
     steps: int,
     dispersion: float = 0.0,
+    active: Active | None = None,
 ) -> Params:
     """Tune on the entropy of the mean prediction over the kept views `chosen` (E, V, D) of one image each.
 
@@ -55,7 +56,7 @@ def marginal(
             value = value - dispersion * (texts - texts.mean(dim=1, keepdim=True)).norm(dim=-1).mean(dim=1)
         return value
 
-    return adapt(of(loss), start, update=UPDATES[update], lr=lr, steps=steps)
+    return adapt(of(loss), start, update=UPDATES[update], lr=lr, steps=steps, active=active)
 
 
 def tpt(
@@ -264,6 +265,7 @@ def infomax(
     steps: int,
     update: str = "rms",
     regulate: Regulate = identity,
+    active: Active | None = None,
 ) -> Joint:
     """Tune one variable jointly on views (E, B, V, D) of all images of a batch (docs/method.md, eq. 1 to 4).
 
@@ -286,6 +288,6 @@ def infomax(
             batch, rehearsed = split(host.logits(params, seen, classes))
             return objectives.infomax(batch, rehearsed, rho)
 
-        params = adapt(of(loss), start, regulate=regulate, update=UPDATES[update], lr=lr, steps=steps)
+        params = adapt(of(loss), start, regulate=regulate, update=UPDATES[update], lr=lr, steps=steps, active=active)
         after, _ = split(host.logits(params, seen, classes))
     return Joint(params, before, after, float(rho) if isinstance(rho, float) else float(rho[0]))

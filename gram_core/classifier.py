@@ -8,10 +8,13 @@ is not asked for, not supported by the evidence, or not trusted (`docs/method.md
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,103 +23,61 @@ import torch
 from torch import Tensor
 
 from gram_core import backbone as towers
-from gram_core import baselines, gram, objectives, views
-from gram_core.adapt import UPDATES, Regulate, identity
-from gram_core.backbone import Backbone, file_sha256
-from gram_core.checkpoint import Checkpoint, load_checkpoint
+from gram_core import objectives, views
+from gram_core.backbone import Backbone
 from gram_core.errors import (
     DeviceError,
     FingerprintMismatch,
+    GramError,
     InvalidCheckpoint,
     InvalidTuning,
     MethodUnavailable,
     OutOfMemory,
 )
+from gram_core.explain import explained
 from gram_core.gram import Structure
 from gram_core.images import DecodedImage
+from gram_core.learned import INFOMAX, TPT, Learned, TuneConfig, config_of, load_learned
 from gram_core.prompts import METHODS, PromptMethod
 from gram_core.text import ClassSet, TextEncoder
+from gram_core.tuner import Seen, Task, Tuned, Tuner
 from gram_core.types import (
     Adaptation,
     Answer,
-    Explanation,
     FloatArray,
     ImageResult,
     ModelInfo,
     Params,
     Plan,
-    PrototypeSeen,
     Tuning,
-    ViewSeen,
+    Work,
 )
 from gram_core.views import Prepared
-from prototypes.bank import PrototypeBank, load_bank, load_root
-from prototypes.hierarchy import CONCEPT, MODE
+from prototypes.bank import load_root
+
+__all__ = ["BATCH_FROM", "INFOMAX", "TPT", "Classifier", "Learned", "Seen", "TuneConfig", "load_learned"]
 
 BATCH_FROM = 8  # images from which a joint tuning is trusted (method.md section 8)
-ENTROPY_SLACK = 0.01  # nats by which tuning may raise the entropy it is meant to lower
-TOLD_VIEWS, TOLD_PROTOTYPES = 64, 5  # of an explanation, so that it stays within 8 KiB
+
+log = logging.getLogger("gram_core.classifier")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TuneConfig:
-    """How a method steps and sees: one configuration for all data."""
+@dataclass(frozen=True)
+class _Look:
+    """How many views of an image are looked at, and which crops they are."""
 
-    steps: int
     views: int
-    lr: Mapping[str, float]
-    update: str
-    view_scale: tuple[float, float]
-    keep: float = 1.0
-    root: bool = True  # rehearsed in the joint loss
+    seed: int
+    scale: tuple[float, float]
 
+    @classmethod
+    def of(cls, plan: Plan, configs: Mapping[str, TuneConfig]) -> _Look:
+        return cls(plan.views, plan.seed, configs[plan.method].view_scale)
 
-# Chosen on the choosing sets (benchmarks/RESULTS.md): mild crops, small steps; strong crops and 1e-3 lost on CIFAR-10.
-INFOMAX = TuneConfig(steps=20, views=8, lr={"residual": 2e-4, "coop": 2e-3}, update="rms", view_scale=(0.85, 1.0))
-TPT = TuneConfig(
-    steps=1, views=64, lr={"coop": 5e-3, "residual": 1e-3}, update="sign", view_scale=(0.08, 1.0), keep=0.1
-)
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """Frozen features of B images: `views` (B, V, D) with the original first, the images' hashes, and the
-    milliseconds that cutting their crops took (on a CUDA device: that starting to cut them took)."""
-
-    views: Tensor
-    sha256: tuple[bytes, ...]
-    cut_ms: float = 0.0
-
-    @property
-    def originals(self) -> Tensor:
-        """(B, D)."""
-        return self.views[:, 0]
-
-
-@dataclass(frozen=True, eq=False)
-class _Tuned:
-    """Outcome of one tuning over n images; `logits` (n, K) before the temperature, `accepted` (n,)."""
-
-    logits: Tensor
-    accepted: Tensor
-    reason: str | None
-    kept: int
-    temperature: float
-    ms: float
-    chosen: frozenset[int] | None = None
-    variables: Params | None = None
-    rho: float | None = None
-    trust: float | None = None
-    skew: float | None = None
-    share: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Learned:
-    """What meta-training left: weights, and the prototypes they were learned with."""
-
-    checkpoint: Checkpoint
-    bank: PrototypeBank
+    def cut(self, backbone: Backbone, image: Prepared) -> Tensor:
+        """The crops (views - 1, 3, size, size) of one image."""
+        size = (int(image.pixels.shape[1]), int(image.pixels.shape[2]))
+        return views.cut(backbone, image, views.boxes(image.sha256, size, self.views, self.seed, self.scale))
 
 
 class Classifier:
@@ -162,17 +123,31 @@ class Classifier:
         if learned is not None and root is None:
             learned, note = None, "this model has no root prototype, which gram's joint tuning rehearses"
         self.learned = learned
+        weights: Params | None = None
+        structure: Structure | None = None
         self.controls: dict[str, Classifier] = {}  # variants that the harness has asked for
         if learned is not None:
-            own = _config_of(learned.checkpoint)
+            own = config_of(learned.checkpoint)
             self.configs["gram"] = replace(
                 own,
                 steps=own.steps if default_steps is None else default_steps,
                 views=default_batch_views or own.views,
             )
-            self.weights = {name: w.to(backbone.device) for name, w in learned.checkpoint.params.items()}
+            weights = {name: w.to(backbone.device) for name, w in learned.checkpoint.params.items()}
             kind = str(learned.checkpoint.settings.get("prototypes", "real"))
-            self.structure = Structure.of(learned.bank, backbone.device).control(kind)
+            structure = Structure.of(learned.bank, backbone.device).control(kind)
+        self.tuner = Tuner(
+            backbone,
+            self.texts,
+            self.hosts,
+            self.kept,
+            self.configs,
+            self.root,
+            kl_cap,
+            learned,
+            weights,
+            structure,
+        )
         methods = (
             (("gram",) if learned is not None else ()) + (("infomax",) if root is not None else ()) + ("tpt", "none")
         )
@@ -265,9 +240,21 @@ class Classifier:
             tpt=self.configs["tpt"],
         )
         made.texts, made.hosts, made.kept = self.texts, self.hosts, self.kept
-        if structure is not None:
-            made.structure = structure
+        structure = structure or made.tuner.structure
+        made.tuner = replace(made.tuner, texts=made.texts, hosts=made.hosts, kept=made.kept, structure=structure)
         return made
+
+    @property
+    def weights(self) -> Params:
+        """What the checkpoint learned; empty without one."""
+        return self.tuner.weights or {}
+
+    @property
+    def structure(self) -> Structure:
+        """The prototypes as gram relates to them; raises MethodUnavailable without a checkpoint."""
+        if self.tuner.structure is None:
+            raise MethodUnavailable(self._no_method("gram", self.info.methods, self.info.checkpoint_note))
+        return self.tuner.structure
 
     # ---- any thread ----
 
@@ -354,26 +341,62 @@ class Classifier:
         Answers come in the order of `images` and do not depend on it; in scope `image` they do not depend on the
         other images either. Raises OutOfMemory or DeviceError when not even zero-shot can be had.
         """
+        (answer,) = self.run([Work(images, classes, plan, explain)])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def run(self, works: Sequence[Work]) -> list[Answer | Exception]:
+        """Answer several requests in shared passes of the towers; what is wrong with one is that one's outcome.
+
+        Images and crops of different requests share passes of the image tower, bit for bit what they are alone;
+        images that are tuned one at a time share passes of the text tower where their class sets agree, to within
+        rounding (see `Tuner.together`). Raises OutOfMemory when the originals don't fit even alone in a pass, and
+        DeviceError.
+        """
         with _device_errors(), torch.no_grad():
             clock = _Clock()
-            cached = self.texts.has(classes)
-            base = self.texts.features(classes)
+            cached: list[bool] = []
+            failed: dict[int, Exception] = {}
+            for n, work in enumerate(works):
+                cached.append(self.texts.has(work.classes))
+                with _failing(failed, n):
+                    self.texts.features(work.classes)
             clock.lap("text")
-            originals = self._original_features(images)
-            cosines = self._cosines(originals, base)
+            originals = self._original_features([i for work in works for i in work.images])
+            rows = list(originals.split([len(work.images) for work in works]))
+            cosines: dict[int, Tensor] = {}
+            for n, work in enumerate(works):
+                if n not in failed:
+                    cosines[n] = self._cosines(rows[n], self.texts.features(work.classes))
             clock.lap("image")
-            passes = len(images)
-            views_ = originals[:, None]
-            if not plan.skip:
-                scale = self.configs[plan.method].view_scale
-                views_ = self._view_features(images, originals, plan.views, plan.seed, scale)
-                passes += len(images) * (plan.views - 1)
-            seen = Seen(views_, tuple(i.sha256 for i in images))
-            told = list(images) if explain else None
-            results, text_passes = self._results(seen, cosines, classes, plan, told)
+            there = time.perf_counter()
+            stops = [partial(_since, there, work.stop) for work in works]
+            fallen: dict[int, Exception] = {}
+            seen, stopped = self._look(works, rows, {n: stops[n] for n in cosines}, fallen)
+            tasks = {n: Task(s, cosines[n], works[n].classes, works[n].plan, stops[n]) for n, s in seen.items()}
+            tuned = self._tuned(tasks, fallen)
+            made: dict[int, list[ImageResult]] = {}
+            for n, work in enumerate(works):
+                if n in failed:
+                    continue
+                with _failing(failed, n):
+                    if n in tuned:
+                        made[n] = self._results(seen[n], cosines[n], work, tuned[n])
+                    else:
+                        made[n] = self._untuned(rows[n], cosines[n], work, stopped.get(n), fallen.get(n))
             clock.lap("adapt")
-        text_passes += 0 if cached else classes.texts
-        return Answer(tuple(results), "hit" if cached else "miss", passes, text_passes, clock.laps)
+        answers: list[Answer | Exception] = []
+        for n, work in enumerate(works):
+            if n in failed:
+                error = failed[n]
+                answers.append(_no_memory() if isinstance(error, torch.OutOfMemoryError) else error)
+                continue
+            views_ = work.plan.views if n in seen else 1
+            texts = (0 if cached[n] else work.classes.texts) + (self._text_passes(work, tuned[n]) if n in tuned else 0)
+            cache = "hit" if cached[n] else "miss"
+            answers.append(Answer(tuple(made[n]), cache, len(work.images) * views_, texts, dict(clock.laps)))
+        return answers
 
     def see(self, images: Sequence[Prepared], views: int, seed: int, scale: tuple[float, float]) -> Seen:
         """What the image tower says of `images`: one view is the original alone, the others are crops of `scale`.
@@ -382,15 +405,25 @@ class Classifier:
         """
         with _device_errors(), torch.no_grad():
             originals = self._original_features(images)
-            clock = _Clock()
-            seen = self._view_features(images, originals, views, seed, scale, clock)
-            return Seen(seen, tuple(i.sha256 for i in images), clock.laps.get("cut", 0.0))
+            looks = {0: _Look(views, seed, scale)}
+            laps: dict[str, float] = {}
+            failed: dict[int, Exception] = {}
+            crops = [rows for _, rows in self._crops([(0, i) for i in images], looks, lambda _: True, failed, laps)]
+            if failed:
+                raise failed[0]
+            return replace(_seen(originals, crops, images), cut_ms=laps.get("cut", 0.0))
 
     def answer(self, seen: Seen, classes: ClassSet, plan: Plan) -> tuple[ImageResult, ...]:
         """`classify` on features that are there already, bit for bit."""
         with _device_errors(), torch.no_grad():
             cosines = self._cosines(seen.originals, self.texts.features(classes))
-            return tuple(self._results(seen, cosines, classes, plan)[0])
+            work = Work((), classes, plan)
+            if plan.skip:
+                return tuple(self._untuned(seen.originals, cosines, work))
+            (tuned,) = self.tuner.tune([Task(seen, cosines, classes, plan)])
+            if isinstance(tuned, Exception):
+                raise tuned
+            return tuple(self._results(seen, cosines, work, tuned))
 
     def warm_up(self) -> None:
         """One zero-shot forward and one tuning of every method, and the measured weight of a text pass."""
@@ -454,295 +487,164 @@ class Classifier:
             rows.append((padded @ base.T)[: len(part)])
         return torch.cat(rows)
 
-    def _plain(self, cosines: Tensor, plan: Plan) -> ImageResult:
-        values = _array(cosines)
-        entropy = float(objectives.entropy((cosines * self.backbone.logit_scale).softmax(-1)))
-        report = Adaptation(
-            method=plan.method,
-            host=plan.host,
-            scope=plan.scope,
-            status="skipped",
-            reason=plan.skip,
-            steps=0,
-            steps_requested=plan.steps,
-            views=1,
-            views_requested=plan.views,
-            views_kept=1,
-            entropy_before=entropy,
-            entropy_after=entropy,
-            kl=0.0,
-            label_changed=False,
-            accepted=False,
-            temperature=1.0,
-            ms=0.0,
-            digest=_digest(values),
-        )
-        return ImageResult(values, values, self.backbone.logit_scale, report)
+    def _look(
+        self,
+        works: Sequence[Work],
+        originals: Sequence[Tensor],
+        stops: Mapping[int, Callable[[], str | None]],
+        fallen: dict[int, Exception],
+    ) -> tuple[dict[int, Seen], dict[int, str]]:
+        """Features of the views of every work that is to be tuned; the others' reasons, if they had to stop."""
+        stopped: dict[int, str] = {}
+
+        def goes_on(n: int) -> bool:
+            if n in stopped or n in fallen:
+                return False
+            if (reason := stops[n]()) is not None:
+                stopped[n] = reason
+            return reason is None
+
+        wanted = [n for n in stops if not works[n].plan.skip]
+        cuts = [(n, image) for n in wanted for image in works[n].images]
+        crops: dict[int, list[Tensor]] = {n: [] for n in wanted}
+        looks = {n: _Look.of(works[n].plan, self.configs) for n in wanted}
+        for n, rows in self._crops(cuts, looks, goes_on, fallen):
+            crops[n].append(rows)
+        seen = {}
+        for n in wanted:
+            if goes_on(n):
+                seen[n] = _seen(originals[n], crops[n], works[n].images)
+        return seen, stopped
+
+    def _crops(
+        self,
+        cuts: Sequence[tuple[int, Prepared]],
+        looks: Mapping[int, _Look],
+        goes_on: Callable[[int], bool],
+        fallen: dict[int, Exception],
+        laps: dict[str, float] | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(owner, features of some of its crops), in the order of `cuts`, which are images and their owners.
+
+        Crops of all owners share passes of the tower, and a row's value does not depend on its neighbours there.
+        """
+        chunk = self.backbone.view_chunk
+        owners: list[int] = []
+        waiting: list[Tensor] = []
+
+        def flush(rows: int) -> Iterator[tuple[int, Tensor]]:
+            pixels = torch.cat(waiting)
+            sizes = [(n, len(list(group))) for n, group in groupby(owners[:rows])]
+            owners[:], waiting[:] = owners[rows:], [pixels[rows:]]
+            try:
+                features = self._encode_views(pixels[:rows])
+            except torch.OutOfMemoryError as error:
+                fallen.update({n: error for n, _ in sizes})
+                return
+            for (n, _), part in zip(sizes, features.split([size for _, size in sizes]), strict=True):
+                yield n, part
+
+        for n, image in cuts:
+            if looks[n].views == 1 or not goes_on(n):
+                continue
+            started = time.perf_counter()
+            with _failing(fallen, n):
+                crops = looks[n].cut(self.backbone, image)
+                waiting.append(crops)
+                owners += [n] * len(crops)
+            if laps is not None:
+                laps["cut"] = laps.get("cut", 0.0) + (time.perf_counter() - started) * 1000
+            if len(owners) >= 8 * chunk:  # bounds the pixels held, whatever is asked for
+                yield from flush(len(owners) - len(owners) % chunk)
+        if owners:
+            yield from flush(len(owners))
+
+    def _encode_views(self, pixels: Tensor) -> Tensor:
+        """Features of crops; without enough memory once more in the next smaller shape."""
+        try:
+            return self.backbone.encode_images(pixels, views=True)
+        except torch.OutOfMemoryError:
+            self._free()
+            return self.backbone.encode_images(pixels, views=True, chunk=max(1, self.backbone.view_chunk // 2))
+
+    def _tuned(self, tasks: Mapping[int, Task], fallen: dict[int, Exception]) -> dict[int, list[tuple[Tuned, int]]]:
+        """Outcomes by work; what failed is in `fallen`. A tuning without enough memory is tried once more alone."""
+        done = dict(zip(tasks, self.tuner.tune(list(tasks.values())), strict=True))
+        for n, outcome in done.items():
+            if isinstance(outcome, torch.OutOfMemoryError):
+                self._free()
+                (done[n],) = replace(self.tuner, together=1).tune([tasks[n]])
+        fallen |= {n: outcome for n, outcome in done.items() if isinstance(outcome, Exception)}
+        return {n: outcome for n, outcome in done.items() if not isinstance(outcome, Exception)}
+
+    def _free(self) -> None:
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _text_passes(self, work: Work, tuned: Sequence[tuple[Tuned, int]]) -> int:
+        if work.plan.host != "coop":
+            return 0
+        episodes = {id(own): own.steps for own, _ in tuned}
+        return len(work.classes) * sum(steps + 1 for steps in episodes.values())
+
+    def _untuned(
+        self,
+        originals: Tensor,
+        cosines: Tensor,
+        work: Work,
+        stopped: str | None = None,
+        fallen: Exception | None = None,
+    ) -> list[ImageResult]:
+        """Zero-shot, and why nothing was tuned."""
+        plan = work.plan
+        status, reason = "skipped", plan.skip or stopped
+        if fallen is not None:
+            status, reason = "fallback", "out_of_memory" if isinstance(fallen, torch.OutOfMemoryError) else "internal"
+        results = []
+        for own in cosines:
+            values = _array(own)
+            entropy = float(objectives.entropy((own * self.backbone.logit_scale).softmax(-1)))
+            report = Adaptation(
+                method=plan.method,
+                host=plan.host,
+                scope=plan.scope,
+                status=status,
+                reason=reason,
+                steps=0,
+                steps_requested=plan.steps,
+                views=1,
+                views_requested=plan.views,
+                views_kept=1,
+                entropy_before=entropy,
+                entropy_after=entropy,
+                kl=0.0,
+                label_changed=False,
+                accepted=False,
+                temperature=1.0,
+                ms=0.0,
+                digest=_digest(values),
+            )
+            results.append(ImageResult(values, values, self.backbone.logit_scale, report))
+        if not work.explain:
+            return results
+        seen = Seen(originals[:, None], tuple(i.sha256 for i in work.images))
+        nothing: list[tuple[Tuned | None, int]] = [(None, 0)] * len(results)
+        return explained(results, nothing, self.tuner, seen, work.classes, plan, work.images)
 
     def _results(
-        self,
-        seen: Seen,
-        cosines: Tensor,
-        classes: ClassSet,
-        plan: Plan,
-        told: list[Prepared] | None = None,
-    ) -> tuple[list[ImageResult], int]:
-        """One result per image, with reasons where the images are `told`, and the text passes that tuning took."""
-        count = len(seen.views)
-        if plan.skip:
-            plain = [self._plain(cosines[n], plan) for n in range(count)]
-            tuned: list[tuple[_Tuned | None, int]] = [(None, 0)] * count
-            return self._explained(plain, tuned, seen, classes, plan, told), 0
-        episodes = count if plan.scope == "image" else 1
-        text_passes = episodes * len(classes) * (plan.steps + 1) if plan.host == "coop" else 0
-        if plan.scope == "image":
-            tune = self._tune_alone if plan.method == "gram" else self._tune_image
-            rows = zip(seen.views, seen.originals, cosines, strict=True)
-            tuned = [(tune(f, o, c, classes, plan), 0) for f, o, c in rows]
-        else:
-            order = sorted(range(count), key=lambda n: seen.sha256[n])
-            index = torch.tensor(order, device=seen.originals.device)
-            together = self._tune_gram if plan.method == "gram" else self._tune_batch
-            batch = together(seen.views[index], seen.originals[index], cosines[index], classes, plan)
-            place = {n: at for at, n in enumerate(order)}
-            tuned = [(batch, place[n]) for n in range(count)]
-        results = [self._result(cosines[n], own, row, plan) for n, (own, row) in enumerate(tuned) if own is not None]
-        return self._explained(results, tuned, seen, classes, plan, told), text_passes
+        self, seen: Seen, cosines: Tensor, work: Work, tuned: Sequence[tuple[Tuned, int]]
+    ) -> list[ImageResult]:
+        """One result per image, with reasons where they are asked for."""
+        results = [self._result(cosines[n], own, row, work.plan) for n, (own, row) in enumerate(tuned)]
+        if not work.explain:
+            return results
+        return explained(results, tuned, self.tuner, seen, work.classes, work.plan, work.images)
 
     def _original_features(self, images: Sequence[Prepared]) -> Tensor:
         """(B, D) features of the originals."""
         return self.backbone.encode_images(torch.stack([i.original for i in images]))
 
-    def _view_features(
-        self,
-        images: Sequence[Prepared],
-        originals: Tensor,
-        count: int,
-        seed: int,
-        scale: tuple[float, float],
-        clock: _Clock | None = None,
-    ) -> Tensor:
-        """(B, V, D): for each image the original's feature, then those of its crops.
-
-        Crops of several images share a pass of the tower; a row's value does not depend on its neighbours there.
-        """
-        if count == 1:
-            return originals[:, None]
-        chunk = self.backbone.view_chunk
-        features: list[Tensor] = []
-        waiting: list[Tensor] = []
-        held = 0
-        for image in images:
-            size = (int(image.pixels.shape[1]), int(image.pixels.shape[2]))
-            crops = views.boxes(image.sha256, size, count, seed, scale)
-            started = time.perf_counter()
-            waiting.append(views.cut(self.backbone, image, crops))
-            if clock is not None:
-                clock.laps["cut"] = clock.laps.get("cut", 0.0) + (time.perf_counter() - started) * 1000
-            held += len(crops)
-            if held >= 8 * chunk:  # bounds the pixels held, whatever is asked for
-                pixels = torch.cat(waiting)
-                full = held - held % chunk
-                features.append(self.backbone.encode_images(pixels[:full], views=True))
-                waiting, held = [pixels[full:]], held - full
-        if held:
-            features.append(self.backbone.encode_images(torch.cat(waiting), views=True))
-        crops_BVD = torch.cat(features).reshape(len(images), count - 1, -1)
-        return torch.cat([originals[:, None], crops_BVD], dim=1)
-
-    def _joint(
-        self, features: Tensor, originals: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan
-    ) -> tuple[Tensor, baselines.Joint, str | None]:
-        """Joint tuning of one variable on `features` (B, V, D) of all images: the originals' logits, and what speaks
-        against it."""
-        assert plan.host is not None
-        assert self.root is not None
-        host, config = self.hosts[plan.host], self.configs[plan.method]
-        start = host.start(self.kept[plan.host], classes, 1)
-        regulate: Regulate = identity
-        if plan.method == "gram" and self.learned is not None:
-            texts, name = self.texts.features(classes), self.learned.checkpoint.regulator
-            start = gram.start(self.weights, texts)
-            if name != "identity":
-                near = gram.relate(self.structure, originals)
-                scale = self.backbone.logit_scale
-                regulate = gram.regulate(name, self.weights, self.structure, near, texts, start, scale)
-        joint = baselines.infomax(
-            host,
-            classes,
-            start,
-            features[None],
-            root=self.root if config.root else None,
-            lr=config.lr[plan.host],
-            steps=plan.steps,
-            update=config.update,
-            regulate=regulate,
-        )
-        before = objectives.entropy(joint.before.softmax(-1).mean(2)).mean()
-        after = objectives.entropy(joint.after.softmax(-1).mean(2)).mean()
-        logits = host.logits(joint.params, originals[None], classes)[0]
-        return logits, joint, self._distrust(logits, cosines, float(before), float(after))
-
-    def _tune_batch(
-        self, features: Tensor, originals: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan
-    ) -> _Tuned:
-        """Information maximisation, with the guards of docs/method.md."""
-        started = time.perf_counter()
-        logits, joint, reason = self._joint(features, originals, cosines, classes, plan)
-        accepted = objectives.accepted(cosines * self.backbone.logit_scale, logits, originals)
-        settled = self._settle(logits, cosines, accepted, reason, plan.views, started)
-        return replace(settled, variables=joint.params, rho=joint.rho)
-
-    def _tune_gram(self, features: Tensor, originals: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan) -> _Tuned:
-        """GRAM: the joint tuning, and how far the answer goes along it and along what the request's relations say.
-
-        Where the request is far from every prototype this is `_tune_batch`, bit for bit.
-        """
-        started = time.perf_counter()
-        scale, structure = self.backbone.logit_scale, self.structure
-        logits, joint, reason = self._joint(features, originals, cosines, classes, plan)
-        base = cosines * scale
-        guarded = objectives.accepted(base, logits, originals)
-        plain = self._settle(logits, cosines, guarded, reason, plan.views, started)
-        plain = replace(plain, variables=joint.params, rho=joint.rho, trust=0.0)
-        relation = gram.relate(structure, originals)
-        trust = gram.trust(relation.novelty, self.weights["trust.least"][0, 0])
-        if reason is not None or float(trust) == 0.0 or plan.steps == 0:
-            return plain
-        texts = self.texts.features(classes)
-        seen = gram.context(structure, relation, originals, texts, scale)
-        along = gram.directions(structure, features, texts, base, logits, scale)
-        amounts = gram.amounts(self.weights, seen)
-        moved, log_prior = gram.move(base, along, amounts)
-        before = torch.where(plain.accepted[:, None], logits / plain.temperature, base)
-        answer = gram.settle(base, before, moved, trust)
-        reason = self._distrust(answer, cosines, 0.0, 0.0)
-        accepted = gram.accepted(base, answer, self.weights["accept.margin"][0, 0])
-        if reason is not None:
-            accepted = torch.zeros_like(accepted)
-        added = trust * (moved - base - amounts["tuned"] * along["tuned"])
-        theirs, own = added.norm(dim=-1), (answer - base - added).norm(dim=-1)
-        return replace(
-            plain,
-            logits=answer,
-            accepted=accepted,
-            reason=reason,
-            temperature=1.0,
-            ms=(time.perf_counter() - started) * 1000,
-            trust=float(trust),
-            skew=float((1 - objectives.entropy(log_prior.softmax(-1)) / np.log(len(classes))).clamp(0, 1)),
-            share=theirs / (own + theirs).clamp_min(1e-12),
-        )
-
-    def _tune_alone(self, features: Tensor, original: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan) -> _Tuned:
-        """GRAM on one image: a request of one."""
-        return self._tune_gram(features[None], original[None], cosines[None], classes, plan)
-
-    def _tune_image(self, features: Tensor, original: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan) -> _Tuned:
-        """TPT on `features` (V, D) of one image, and what speaks against it."""
-        started = time.perf_counter()
-        assert plan.host is not None
-        host, config = self.hosts[plan.host], self.configs[plan.method]
-        base = self.backbone.logit_scale * features @ self.texts.features(classes).T
-        kept = objectives.confident(base[None], config.keep)[0]
-        chosen = features[kept][None]
-        start = host.start(self.kept[plan.host], classes, 1)
-        lr = config.lr[plan.host]
-        params = baselines.marginal(host, classes, start, chosen, lr=lr, update=config.update, steps=plan.steps)
-        # one text pass answers both: the kept views for the check, the original for the answer
-        final = host.logits(params, torch.cat([chosen, original[None, None]], dim=1), classes)
-        before = objectives.marginal_entropy(base[kept][None])
-        after = objectives.marginal_entropy(final[:, :-1])
-        logits = final[0, -1:]
-        reason = self._distrust(logits, cosines[None], float(before), float(after))
-        always = torch.ones(1, dtype=torch.bool, device=logits.device)
-        settled = self._settle(logits, cosines[None], always, reason, len(kept), started)
-        return replace(settled, variables=params, chosen=frozenset(kept.tolist()))
-
-    def _distrust(self, logits: Tensor, cosines: Tensor, before: float, after: float) -> str | None:
-        """Why a tuning is discarded, or None (api.md section 3)."""
-        if not bool(logits.isfinite().all()) or not np.isfinite(after):
-            return "not_finite"
-        if after > before + ENTROPY_SLACK:
-            return "diverged"
-        distance = objectives.kl(logits, cosines * self.backbone.logit_scale).mean()
-        return "kl_cap" if float(distance) > self.kl_cap else None
-
-    def _settle(
-        self, logits: Tensor, cosines: Tensor, accepted: Tensor, reason: str | None, kept: int, started: float
-    ) -> _Tuned:
-        """Give the accepted answers, as a group, the mean confidence that zero-shot has on the same images."""
-        sharpness = 1.0
-        if reason is not None:
-            accepted = torch.zeros_like(accepted)
-        elif bool(accepted.any()):
-            confidence = (cosines[accepted] * self.backbone.logit_scale).softmax(-1).amax(-1).mean()[None]
-            sharpness = float(objectives.temperature(logits[accepted][None], confidence))
-        return _Tuned(logits, accepted, reason, kept, sharpness, (time.perf_counter() - started) * 1000)
-
-    def _explained(
-        self,
-        results: list[ImageResult],
-        tuned: Sequence[tuple[_Tuned | None, int]],
-        seen: Seen,
-        classes: ClassSet,
-        plan: Plan,
-        images: list[Prepared] | None,
-    ) -> list[ImageResult]:
-        """`results` with their reasons, where `images` ask for them."""
-        if images is None:
-            return results
-        scale, texts = self.backbone.logit_scale, self.texts.features(classes)
-        near = None if self.learned is None else gram.relate(self.structure, seen.originals)
-        concepts = None if near is None else self._concepts(near)
-        made = []
-        for n, (result, (own, row)) in enumerate(zip(results, tuned, strict=True)):
-            entropies = objectives.entropy((scale * seen.views[n] @ texts.T).softmax(-1)).tolist()
-            pixels = (int(images[n].pixels.shape[1]), int(images[n].pixels.shape[2]))
-            crops: list[views.Box | None] = [None]
-            if len(entropies) > 1:
-                shown = self.configs[plan.method].view_scale
-                crops += views.boxes(seen.sha256[n], pixels, len(entropies), plan.seed, shown)
-            kept = None if own is None else own.chosen
-            told = Explanation(
-                views=tuple(
-                    ViewSeen(
-                        None if crop is None else (crop.top, crop.left, crop.height, crop.width),
-                        crop is not None and crop.flip,
-                        entropy,
-                        own is not None and (kept is None or v in kept),
-                    )
-                    for v, (crop, entropy) in enumerate(zip(crops, entropies, strict=True))
-                )[:TOLD_VIEWS],
-            )
-            if near is not None and concepts is not None:
-                told = replace(told, prototypes=concepts[n], shift=max(0.0, 1 - float(near.nearest[MODE][n])))
-            if own is not None:
-                moved = None if own.variables is None else _shift(own.variables, self._at_start(plan, classes))
-                share = None if own.share is None else float(own.share[row])
-                told = replace(
-                    told, trust=own.trust, skew=own.skew, rho=own.rho, structure_share=share, prompt_shift=moved
-                )
-            made.append(replace(result, explanation=told))
-        return made
-
-    def _concepts(self, near: gram.Relation) -> list[tuple[PrototypeSeen, ...]]:
-        """Per image, the concepts that weigh most; prototypes of one name count together."""
-        rows = self.structure.rows[CONCEPT]
-        names, place = np.unique([self.structure.names[row] for row in rows.tolist()], return_inverse=True)
-        weights = near.weights[CONCEPT].double().cpu().numpy()
-        shares = np.stack([np.bincount(place, own, len(names)) for own in weights])
-        most = np.argsort(-shares, axis=1, kind="stable")[:, :TOLD_PROTOTYPES].tolist()
-        return [
-            tuple(PrototypeSeen(str(names[i]), float(own[i])) for i in top)
-            for own, top in zip(shares, most, strict=True)
-        ]
-
-    def _at_start(self, plan: Plan, classes: ClassSet) -> Params:
-        assert plan.host is not None
-        return self.hosts[plan.host].start(self.kept[plan.host], classes, 1)
-
-    def _result(self, cosines: Tensor, tuned: _Tuned, row: int, plan: Plan) -> ImageResult:
+    def _result(self, cosines: Tensor, tuned: Tuned, row: int, plan: Plan) -> ImageResult:
         scale = self.backbone.logit_scale
         base = cosines * scale
         logits = tuned.logits[row]
@@ -752,13 +654,18 @@ class Classifier:
         after = _array(logits / scale) if use else before
         temperature = tuned.temperature if use else 1.0
         entropy = float(objectives.entropy(base.softmax(-1)))
+        status, reason = "completed", None if use else "not_accepted"
+        if tuned.reason is not None:
+            status, reason = "fallback", tuned.reason
+        elif tuned.stopped is not None:
+            status, reason = "partial", tuned.stopped
         report = Adaptation(
             method=plan.method,
             host=plan.host,
             scope=plan.scope,
-            status="completed" if tuned.reason is None else "fallback",
-            reason=tuned.reason or (None if use else "not_accepted"),
-            steps=plan.steps,
+            status=status,
+            reason=reason,
+            steps=tuned.steps,
             steps_requested=plan.steps,
             views=plan.views,
             views_requested=plan.views,
@@ -775,6 +682,33 @@ class Classifier:
         return ImageResult(after, before, scale, report)
 
 
+def _seen(originals: Tensor, crops: Sequence[Tensor], images: Sequence[Prepared]) -> Seen:
+    """Features (B, V, D) from the originals' (B, D) and, image by image, their crops'."""
+    made = originals[:, None]
+    if crops:
+        made = torch.cat([made, torch.cat(list(crops)).reshape(len(images), -1, originals.shape[-1])], dim=1)
+    return Seen(made, tuple(i.sha256 for i in images))
+
+
+def _since(start: float, stop: Callable[[float], str | None]) -> str | None:
+    return stop(time.perf_counter() - start)
+
+
+@contextmanager
+def _failing(failed: dict[int, Exception], n: int) -> Iterator[None]:
+    """What goes wrong with one work is kept as its own failure; what the device says concerns all."""
+    try:
+        yield
+    except torch.AcceleratorError:
+        raise
+    except torch.OutOfMemoryError as error:
+        failed[n] = error
+    except Exception as error:
+        if not isinstance(error, GramError):
+            log.exception("a request failed alone")
+        failed[n] = error
+
+
 class _Clock:
     """Milliseconds per stage."""
 
@@ -786,56 +720,6 @@ class _Clock:
         now = time.perf_counter()
         self.laps[stage] = (now - self._last) * 1000
         self._last = now
-
-
-def load_learned(folder: Path, fingerprint: str) -> tuple[Learned | None, str | None]:
-    """Checkpoint and bank in `folder`, or the reason why there are none.
-
-    Raises InvalidCheckpoint or FingerprintMismatch when they are there and can't be used.
-    """
-    checkpoint = load_checkpoint(folder, fingerprint=fingerprint)
-    if checkpoint is None:
-        return None, "no GRAM checkpoint lies beside this model"
-    try:
-        bank = load_bank(folder, fingerprint=fingerprint)
-    except ValueError as error:
-        raise InvalidCheckpoint(f"the prototype bank of the checkpoint can't be used: {error}") from error
-    if bank is None:
-        raise InvalidCheckpoint(f"{folder} holds a checkpoint without its prototype bank; restore bank.safetensors.")
-    if file_sha256(folder / "bank.safetensors") != checkpoint.bank_sha256:
-        raise InvalidCheckpoint(f"the checkpoint in {folder} was trained with another prototype bank; restore that.")
-    first = checkpoint.params.get("amounts.hidden")
-    for name, w in gram.init(hidden=gram.HIDDEN if first is None else first.shape[-1]).items():
-        got = checkpoint.params.get(name)
-        if got is None or got.shape != w.shape:
-            raise InvalidCheckpoint(f"the checkpoint in {folder} lacks `{name}`, or has another shape; train it again.")
-    return Learned(checkpoint, bank), None
-
-
-def _config_of(checkpoint: Checkpoint) -> TuneConfig:
-    """How the checkpoint was trained to tune; raises InvalidCheckpoint where its header doesn't say, or where that is
-    not what `Classifier` does."""
-    try:
-        s: Any = checkpoint.settings
-        scale = (float(s["view_scale"][0]), float(s["view_scale"][1]))
-        lr = {str(s["host"]): float(s["lr"])}
-        _ = METHODS[str(s["host"])], UPDATES[str(s["update"])]
-        return TuneConfig(
-            steps=int(s["steps"]),
-            views=int(s["views"]),
-            lr=lr,
-            update=str(s["update"]),
-            view_scale=scale,
-            root=bool(s.get("root", True)),
-        )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise InvalidCheckpoint(f"the checkpoint's settings can't be read ({error!r}); train it again.") from error
-
-
-def _shift(after: Params, before: Params) -> float:
-    """Root mean square of the change of all variables."""
-    moved = torch.cat([(after[name] - before[name]).flatten() for name in after])
-    return float(moved.square().mean().sqrt())
 
 
 def _array(values: Tensor) -> FloatArray:
@@ -854,6 +738,10 @@ def _device_errors() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory("the device ran out of memory; ask for fewer images, views or classes.") from error
+        raise _no_memory() from error
     except torch.AcceleratorError as error:
         raise DeviceError("the device failed; the process must be replaced.") from error
+
+
+def _no_memory() -> OutOfMemory:
+    return OutOfMemory("the device ran out of memory; ask for fewer images, views or classes.")

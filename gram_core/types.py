@@ -8,8 +8,9 @@ This module imports no torch, so that the wire layer can name results without lo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,26 @@ class Plan:
     views: int
     seed: int
     skip: str | None = None
+
+
+def never(_: float) -> str | None:
+    """No reason to stop."""
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One request's part of a run: prepared images, a class set, and what to do with them.
+
+    `stop` is asked before views are cut and before every step, with the seconds since zero-shot was there: why this
+    request's tuning must end now, or None.
+    """
+
+    images: Sequence[Any]
+    classes: Any
+    plan: Plan
+    explain: bool = False
+    stop: Callable[[float], str | None] = never
 
 
 @dataclass(frozen=True, kw_only=True)
