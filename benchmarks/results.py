@@ -229,9 +229,11 @@ def throughput(report: Row) -> Iterator[str]:
     yield from table(["request", "images/s", "requests/s", "p50 ms", "median stages, ms"], rows)
 
 
-def contrast(report: Row) -> Iterator[str]:
-    """`benchmarks/contrast.py`."""
-    yield f"## {report['rows'][0]['method']} against others, mean over sets and kinds of request"
+def contrast(name: str, report: Row) -> Iterator[str]:
+    """`benchmarks/contrast.py`; `contrast-WHAT.json` is headed with WHAT."""
+    where = name.removeprefix("contrast").strip("-")
+    title = f"## {report['rows'][0]['method']} against others, mean over sets and kinds of request"
+    yield f"{title} ({where})" if where else title
     yield ""
     yield f"    {report['command']}"
     yield ""
@@ -315,8 +317,9 @@ def document(folder: Path) -> str:
     for name in (*ORDER, *(n for n in found if n.startswith("evaluate-") and n not in ORDER)):
         if name in found:
             lines += evaluation(name, found[name])
-    if "contrast" in found:
-        lines += contrast(found["contrast"])
+    for name in found:
+        if name.startswith("contrast"):
+            lines += contrast(name, found[name])
     if "mechanism" in found:
         lines += mechanism(found["mechanism"])
     if "gram_cost" in found:
