@@ -144,7 +144,7 @@ class Tuner:
                 done.append(self._alone(task))
             except torch.AcceleratorError:
                 raise
-            except Exception as error:
+            except Exception as error:  # a bug: this request alone falls back to zero-shot
                 done.append(_told(error))
         for places in shared.values():
             size = max(1, self.together // len(tasks[places[0][0]].classes))
@@ -167,7 +167,7 @@ class Tuner:
             tuned = self._tune_images(features, cosines, first.classes, first.plan, stops)
         except torch.AcceleratorError:
             raise
-        except Exception as error:
+        except Exception as error:  # the same, for those that shared the pass
             for n, _ in places:
                 done[n] = _told(error)
             return
