@@ -350,9 +350,9 @@ class Classifier:
         """Answer several requests in shared passes of the towers; what is wrong with one is that one's outcome.
 
         Images and crops of different requests share passes of the image tower, bit for bit what they are alone;
-        images that are tuned one at a time share passes of the text tower where their class sets agree, to within
-        rounding (see `Tuner.together`). Raises OutOfMemory when the originals don't fit even alone in a pass, and
-        DeviceError.
+        images that are tuned one at a time may share passes of the text tower where their class sets agree, to within
+        rounding (`Tuner.together`; off by default). Raises OutOfMemory when the originals don't fit even alone in a
+        pass, and DeviceError.
         """
         with _device_errors(), torch.no_grad():
             clock = _Clock()
@@ -703,7 +703,7 @@ def _failing(failed: dict[int, Exception], n: int) -> Iterator[None]:
         raise
     except torch.OutOfMemoryError as error:
         failed[n] = error
-    except Exception as error:
+    except Exception as error:  # a bug: its request fails alone
         if not isinstance(error, GramError):
             log.exception("a request failed alone")
         failed[n] = error

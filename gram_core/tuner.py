@@ -110,7 +110,7 @@ class Tuner:
     """Hosts, methods and weights of one model; pure in all of them.
 
     `together` bounds the texts (episodes times classes) that tunings of one class set may share a pass of the text
-    tower with; 1 tunes every image by itself, so that no answer depends on its neighbours, bit for bit.
+    tower with; 1, the default, tunes every image by itself, so that no answer depends on its neighbours, bit for bit.
     """
 
     backbone: Backbone
@@ -123,13 +123,13 @@ class Tuner:
     learned: Learned | None = None
     weights: Params | None = None
     structure: Structure | None = None
-    together: int = 64
+    together: int = 1
 
     def tune(self, tasks: Sequence[Task]) -> list[list[tuple[Tuned, int]] | Exception]:
         """For every task the outcome and the row in it of each of its images, or what went wrong with it alone.
 
-        Images that are tuned one at a time share passes of the text tower where their class sets, hosts and steps
-        agree, whichever request they belong to. Raises what concerns the device, and nothing else.
+        With `together` above 1, images that are tuned one at a time share passes of the text tower where their class
+        sets, hosts and steps agree, whichever request they belong to. Raises what concerns the device, nothing else.
         """
         done: list[list[tuple[Tuned, int]] | Exception] = []
         shared: dict[object, list[tuple[int, int]]] = {}

@@ -82,9 +82,7 @@ def read_keys(file: Path) -> dict[str, str]:
             continue
         match = LINE.fullmatch(text)
         if match is None:
-            raise InvalidSettings(
-                f"GRAM_API_KEYS_FILE, line {number}: expected name:sha256-hex, as `gram doctor --new-key` prints it."
-            )
+            raise InvalidSettings(f"GRAM_API_KEYS_FILE, line {number}: expected name:sha256-hex (docs/operations.md).")
         if match[1] in entries:
             raise InvalidSettings(f"GRAM_API_KEYS_FILE, line {number}: this name is there already.")
         entries[match[1]] = match[2]

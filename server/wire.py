@@ -32,7 +32,7 @@ class Protocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._heading = True  # between requests, or inside a header
-        self._fed = 0  # bytes of a header that is not complete
+        self._fed = 0  # bytes since a header or a piece of a body was complete: the parser holds them
         self._listed = 0  # bytes of its lines
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -56,9 +56,9 @@ class Protocol(HttpToolsProtocol):
             return
         if self._heading:
             self._expect_header()
-            self._fed += len(data)
+        self._fed += len(data)
         super().data_received(data)
-        if self._heading and self._fed > self.limits.max_header_bytes and not self.transport.is_closing():
+        if self._fed > self.limits.max_header_bytes and not self.transport.is_closing():
             self._hang_up(self._too_long())
 
     def on_url(self, url: bytes) -> None:
@@ -78,6 +78,11 @@ class Protocol(HttpToolsProtocol):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+    def on_body(self, body: bytes) -> None:
+        """What is not body from here on is a chunk's header or a trailer, as long as a header at most."""
+        self._fed = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The next bytes are another header's."""
@@ -125,6 +130,9 @@ class Protocol(HttpToolsProtocol):
 
     def _hang_up(self, error: ApiError) -> None:
         self._cancel_timers()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.close()  # words of ours would be taken for the answer that is still to come
+            return
         body = error.envelope("")
         lines = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
         head = "".join(f"{name}: {value}\r\n" for name, value in {**lines, **error.headers}.items())

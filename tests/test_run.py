@@ -29,7 +29,9 @@ EPSILON = 1e-3  # of a score, where images of several requests are tuned in one 
 
 @pytest.fixture(scope="module")
 def classifier(tiny: Backbone) -> Classifier:
-    return gram_of(tiny)
+    made = gram_of(tiny)
+    made.tuner = dataclasses.replace(made.tuner, together=64)
+    return made
 
 
 def work(

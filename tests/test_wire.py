@@ -43,6 +43,7 @@ def test_uvicorn_still_has_what_is_overridden_here() -> None:
         "on_url",
         "on_header",
         "on_headers_complete",
+        "on_body",
         "on_message_complete",
         "send_400_response",
         "pause_writing",
@@ -151,6 +152,20 @@ def test_connections_beyond_the_bound_are_told_and_let_go(server: Live) -> None:
         assert b"retry-after: 1\r\n" in refused
         assert server.client.get("/livez").status_code == 200
     until(lambda: server.metric("gram_requests_inflight") == 1, "they are gone")
+
+
+@pytest.mark.parametrize(
+    "tail", [b"0\r\nX: ", b"0\r\n" + b"X: a\r\n" * 1000, b"1;x="], ids=["long", "many", "extension"]
+)
+def test_a_trailer_that_does_not_end_is_hung_up_on(server: Live, tail: bytes) -> None:
+    head = b"POST /classify?classes=a&classes=b HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    with server.connect() as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n" + tail)
+        sent = 0
+        while sent < 100_000_000:
+            connection.sendall(b"a" * 65536)
+            sent += 65536
+        pytest.fail("it takes whatever comes")
 
 
 def test_an_upgrade_is_an_ordinary_request(server: Live) -> None:
