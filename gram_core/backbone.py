@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +349,14 @@ class Backbone:
         """`exact` for our own path, `open_clip` for the library's."""
         return "open_clip" if self.text is None else "exact"
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that must never change, for `gram_core.device.Sentinel`."""
+        towers = [self._visual] if self._model is None else [self._visual, self._model]
+        found = [t for tower in towers for t in (*tower.parameters(), *tower.buffers())]
+        if self.text is not None:
+            found += _tensors(self.text)
+        return list({t.untyped_storage().data_ptr(): t for t in found}.values())
+
     def preprocess(self, image: Image.Image) -> Tensor:
         """open_clip's evaluation transform: an upright RGB image to (3, size, size) float32 on the CPU."""
         tensor: Tensor = self._preprocess(image)
@@ -495,6 +503,15 @@ def _quiet_root_logger() -> Iterator[None]:
         yield
     finally:
         root.setLevel(level)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors inside nested tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value):
+        value = tuple(vars(value).values())
+    return [t for part in value for t in _tensors(part)] if isinstance(value, tuple) else []
 
 
 def _fast_visual(visual: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

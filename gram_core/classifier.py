@@ -16,15 +16,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gram_core import __version__, device, objectives, views
 from gram_core import backbone as towers
-from gram_core import objectives, views
 from gram_core.backbone import Backbone
+from gram_core.device import make_deterministic
 from gram_core.errors import (
     DeviceError,
     FingerprintMismatch,
@@ -38,6 +39,7 @@ from gram_core.explain import explained
 from gram_core.gram import Structure
 from gram_core.images import DecodedImage
 from gram_core.learned import INFOMAX, TPT, Learned, TuneConfig, config_of, load_learned
+from gram_core.pace import Line, Pace, key
 from gram_core.prompts import METHODS, PromptMethod
 from gram_core.text import ClassSet, TextEncoder
 from gram_core.tuner import Seen, Task, Tuned, Tuner
@@ -58,7 +60,10 @@ from prototypes.bank import load_root
 __all__ = ["BATCH_FROM", "INFOMAX", "TPT", "Classifier", "Learned", "Seen", "TuneConfig", "load_learned"]
 
 BATCH_FROM = 8  # images from which a joint tuning is trusted (method.md section 8)
+GROUP, GROUP_TEXTS = 4, 40  # images tuned one at a time in one pass, and the texts up to which that pays, on a CPU
+CUDA_GROUP, CUDA_GROUP_TEXTS = 8, 1024
 
+T = TypeVar("T")
 log = logging.getLogger("gram_core.classifier")
 
 
@@ -85,7 +90,13 @@ class Classifier:
 
     `learned` makes the method gram; without it `note` says why. Args of `load`: see `gram_core.backbone.load`;
     `text_cache_bytes` bounds the cache of class features, `kl_cap` is the KL (nats) from zero-shot beyond which a
-    tuned answer is discarded; `default_*` override the method's own defaults for callers that leave them open.
+    tuned answer is discarded; `default_*` override the method's own defaults for callers that leave them open;
+    `text_group` is how many images that are tuned one at a time share a pass of the text tower (1: none do).
+
+    Attributes:
+        pace: how long adaptation takes here, once warmed up.
+        out_of_memory: how often memory ran out and a second, smaller try made it good (True) or did not (False).
+        sentinel: hashes of everything that must never change.
     """
 
     def __init__(
@@ -101,6 +112,7 @@ class Classifier:
         default_steps: int | None = None,
         default_views: int | None = None,
         default_batch_views: int | None = None,
+        text_group: int | None = None,
         infomax: TuneConfig = INFOMAX,
         tpt: TuneConfig = TPT,
     ) -> None:
@@ -108,6 +120,8 @@ class Classifier:
         self.texts = TextEncoder(backbone, text_cache_bytes)
         self.kl_cap = kl_cap
         self.text_weight = 1.0
+        self.pace = Pace()
+        self.out_of_memory = {True: 0, False: 0}
         hosts = {name: make for name, make in METHODS.items() if make.why_not(self.texts) is None}
         self.hosts: dict[str, PromptMethod] = {name: make(self.texts) for name, make in hosts.items()}
         self.kept: dict[str, Params] = {name: host.init() for name, host in self.hosts.items()}
@@ -147,7 +161,13 @@ class Classifier:
             learned,
             weights,
             structure,
+            *((CUDA_GROUP, CUDA_GROUP_TEXTS) if backbone.device.type == "cuda" else (GROUP, GROUP_TEXTS)),
         )
+        if text_group is not None:
+            self.tuner.group = text_group
+        learnt = [*(weights or {}).values(), *(t for kept in self.kept.values() for t in kept.values())]
+        fixed = [t for t in (self.root, None if structure is None else structure.modes) if t is not None]
+        self.sentinel = device.Sentinel([*backbone.tensors(), *learnt, *fixed])
         methods = (
             (("gram",) if learned is not None else ()) + (("infomax",) if root is not None else ()) + ("tpt", "none")
         )
@@ -188,7 +208,8 @@ class Classifier:
                 for name, config in self.configs.items()
                 if name in methods
             },
-            shapes={"image_chunk": backbone.image_chunk, "view_chunk": backbone.view_chunk},
+            shapes=(shapes := self._shapes()),
+            build=device.build(__version__, backbone.device, shapes.items()),
         )
 
     @classmethod
@@ -201,14 +222,18 @@ class Classifier:
         model_dir: Path | None = None,
         weights_sha256: str | None = None,
         checkpoint: Path | None = None,
+        deterministic: bool = False,
         **options: Any,
     ) -> Classifier:
         """Load a model from disk, with the root prototype and the GRAM checkpoint and bank beside its weights, if any.
 
         `checkpoint` names another folder for the last two. A model without a root takes the bank's own, as training
-        does. Raises ModelUnavailable, UnsupportedTower, FingerprintMismatch when root, checkpoint or bank belong to
-        other weights, InvalidCheckpoint when one is damaged, or when the folder named has none.
+        does. `deterministic` holds for the whole process. Raises ModelUnavailable, UnsupportedTower,
+        FingerprintMismatch when root, checkpoint or bank belong to other weights, InvalidCheckpoint when one is
+        damaged, or when the folder named has none.
         """
+        if deterministic:
+            make_deterministic()
         backbone = towers.load(
             model, device=device, precision=precision, model_dir=model_dir, weights_sha256=weights_sha256
         )
@@ -236,6 +261,7 @@ class Classifier:
             None if self.root is None else self.root.cpu().numpy(),
             learned=learned,
             kl_cap=self.kl_cap,
+            text_group=self.tuner.group,
             infomax=self.configs["infomax"],
             tpt=self.configs["tpt"],
         )
@@ -333,6 +359,14 @@ class Classifier:
         text = prompts * len(classes) * (2 * plan.steps + 1) + new_texts
         return images * plan.views + self.text_weight * text
 
+    def seconds(self, plan: Plan, images: int, classes: ClassSet) -> float:
+        """How long the adaptation will take once zero-shot is there; 0 before the warm-up."""
+        return self.pace.seconds(plan, images, len(classes), self.tuner.group_of(classes))
+
+    def fit(self, plan: Plan, images: int, classes: ClassSet, budget_s: float, why: str) -> Plan:
+        """The plan, or the largest smaller one that `budget_s` seconds are enough for; see `Pace.fit`."""
+        return self.pace.fit(plan, images, len(classes), budget_s, why, self.tuner.group_of(classes))
+
     # ---- the engine thread ----
 
     def classify(self, images: Sequence[Prepared], classes: ClassSet, plan: Plan, *, explain: bool = False) -> Answer:
@@ -350,9 +384,8 @@ class Classifier:
         """Answer several requests in shared passes of the towers; what is wrong with one is that one's outcome.
 
         Images and crops of different requests share passes of the image tower, bit for bit what they are alone;
-        images that are tuned one at a time may share passes of the text tower where their class sets agree, to within
-        rounding (`Tuner.together`; off by default). Raises OutOfMemory when the originals don't fit even alone in a
-        pass, and DeviceError.
+        images that are tuned one at a time share passes of the text tower where their class sets agree (`Tuner`).
+        Raises OutOfMemory when the originals don't fit even at a second try, and DeviceError.
         """
         with _device_errors(), torch.no_grad():
             clock = _Clock()
@@ -361,15 +394,22 @@ class Classifier:
             for n, work in enumerate(works):
                 cached.append(self.texts.has(work.classes))
                 with _failing(failed, n):
-                    self.texts.features(work.classes)
+                    self._twice(partial(self.texts.features, work.classes))
             clock.lap("text")
-            originals = self._original_features([i for work in works for i in work.images])
+            originals = self._twice(partial(self._original_features, [i for work in works for i in work.images]))
             rows = list(originals.split([len(work.images) for work in works]))
             cosines: dict[int, Tensor] = {}
             for n, work in enumerate(works):
                 if n not in failed:
                     cosines[n] = self._cosines(rows[n], self.texts.features(work.classes))
             clock.lap("image")
+            for n, own in cosines.items():
+                if (early := works[n].early) is not None and works[n].plan.skip is None:
+                    with _failing(failed, n):
+                        results = self._untuned(rows[n], own, replace(works[n], explain=False), "deadline")
+                        cache = "hit" if cached[n] else "miss"
+                        early(Answer(tuple(results), cache, len(own), 0, dict(clock.laps)))
+            cosines = {n: own for n, own in cosines.items() if n not in failed}
             there = time.perf_counter()
             stops = [partial(_since, there, work.stop) for work in works]
             fallen: dict[int, Exception] = {}
@@ -426,7 +466,8 @@ class Classifier:
             return tuple(self._results(seen, cosines, work, tuned))
 
     def warm_up(self) -> None:
-        """One zero-shot forward and one tuning of every method, and the measured weight of a text pass."""
+        """One zero-shot forward and one tuning of every method, what they cost, and whether a shared pass is safe."""
+        where = self.backbone.device
         classes = self.class_set(["cat", "dog", "car", "tree", "house", "person", "boat", "plate of food"])
         rng = np.random.default_rng(0)
         side = self.backbone.image_size
@@ -452,15 +493,78 @@ class Classifier:
             near = self.structure.modes[torch.arange(BATCH_FROM) % len(self.structure.modes)]
             seen = Seen(near[:, None].expand(-1, 2, -1).contiguous(), tuple(i.sha256 for i in images))
             self.answer(seen, classes, self.plan(Tuning(method="gram", views=2), BATCH_FROM, classes))
-        started = time.perf_counter()
-        self.backbone.encode_images(torch.stack([i.original for i in images]))
-        image_s = (time.perf_counter() - started) / len(images)
-        fresh = self.class_set([f"thing {i}" for i in range(16)])
-        started = time.perf_counter()
-        self.texts.features(fresh)
-        self.text_weight = (time.perf_counter() - started) / len(fresh) / max(image_s, 1e-9)
+        self._measure(images)
+        if not self._separate():
+            log.warning("images that share a text pass move each other's last bits here; each is tuned by itself")
+            self.tuner.group = 1
+            shapes = self._shapes()
+            self.info = replace(self.info, shapes=shapes, build=device.build(__version__, where, shapes.items()))
 
     # ---- inside ----
+
+    def _measure(self, images: Sequence[Prepared]) -> None:
+        """What a pass of each tower costs, and how long every tuning takes that may be asked for."""
+        image_s = _seconds(lambda: self._original_features(images)) / len(images)
+        fresh = [self.class_set([f"thing {tag}{i}" for i in range(16)]) for tag in "ab"]  # one is never cached
+        text_s = _seconds(lambda: self.texts.features(fresh.pop()), times=1) / 16
+        self.text_weight = text_s / image_s
+        look = _Look(1 + self.backbone.view_chunk, 0, (0.5, 1.0))
+
+        def look_at() -> Tensor:
+            return self._encode_views(look.cut(self.backbone, images[0]))
+
+        self.pace.view_s = _seconds(look_at) / self.backbone.view_chunk
+        few, more = (self.class_set([f"thing {i}" for i in range(count)]) for count in (4, 16))
+        for tuning in self._tunings():
+            times = []
+            for classes, steps in ((few, 1), (few, 3), (more, 3)):
+                plan = self.plan(replace(tuning, steps=steps, views=8), BATCH_FROM, classes)
+                count = BATCH_FROM if plan.scope == "batch" else self.tuner.group_of(classes)
+                seen = self._noise(count, plan.views)
+                times.append(_seconds(partial(self.answer, seen, classes, plan)))
+            each = self.tuner.group_of(few) if plan.scope == "image" else BATCH_FROM
+            of = each * plan.views if plan.host == "residual" else (each if plan.scope == "image" else 1)
+            line = Line.through(*times, steps=3, units=of * len(few), wider=of * len(more))
+            self.pace.lines[key(plan)] = line
+
+    def _tunings(self) -> Iterator[Tuning]:
+        """Every combination of method, host and scope that is served."""
+        for method in self.info.methods:
+            if method == "gram":
+                yield from (Tuning(method=method, scope=scope) for scope in ("batch", "image"))
+            elif method != "none":
+                yield from (Tuning(method=method, host=host) for host in self.hosts)
+
+    def _separate(self) -> bool:
+        """Whether an image's tuning in a shared pass is bit for bit what it is alone, at every place in it.
+
+        On a CUDA device that is asked for only where the kernels are deterministic.
+        """
+        on_cuda = self.backbone.device.type == "cuda"
+        if on_cuda and not torch.are_deterministic_algorithms_enabled():
+            return True
+        most = self.tuner.together // max(1, self.tuner.group)
+        for count in {3, most} if self.tuner.group > 1 and most > 1 else ():
+            classes = self.class_set([f"thing {i}" for i in range(count)])
+            plan = self.plan(Tuning(method="tpt", views=8), 1, classes)
+            seen = self._noise(self.tuner.group, plan.views)
+            whole = self.answer(seen, classes, plan)
+            turned = self.answer(Seen(seen.views.flip(0), seen.sha256), classes, plan)[::-1]
+            alone = [self.answer(Seen(seen.views[:1], seen.sha256[:1]), classes, plan)[0], *whole[1:]]
+            for results in zip(whole, turned, alone, strict=True):
+                if len({r.cosines.tobytes() for r in results}) > 1:
+                    return False
+        return True
+
+    def _noise(self, images: int, views_: int) -> Seen:
+        made = torch.randn(images, views_, self.backbone.joint_dim, generator=torch.Generator().manual_seed(0))
+        features = torch.nn.functional.normalize(made, dim=-1).to(self.backbone.device)
+        return Seen(features, tuple(bytes([i]) * 32 for i in range(images)))
+
+    def _shapes(self) -> dict[str, int]:
+        tuner = self.tuner
+        chunks = {"image_chunk": self.backbone.image_chunk, "view_chunk": self.backbone.view_chunk}
+        return {**chunks, "prompt_group": tuner.group, "prompt_texts": tuner.together}
 
     def _default_host(self, method: str) -> str:
         if method == "gram" and self.learned is not None:
@@ -561,11 +665,8 @@ class Classifier:
 
     def _encode_views(self, pixels: Tensor) -> Tensor:
         """Features of crops; without enough memory once more in the next smaller shape."""
-        try:
-            return self.backbone.encode_images(pixels, views=True)
-        except torch.OutOfMemoryError:
-            self._free()
-            return self.backbone.encode_images(pixels, views=True, chunk=max(1, self.backbone.view_chunk // 2))
+        encode, half = partial(self.backbone.encode_images, pixels, views=True), max(1, self.backbone.view_chunk // 2)
+        return self._twice(encode, partial(encode, chunk=half))
 
     def _tuned(self, tasks: Mapping[int, Task], fallen: dict[int, Exception]) -> dict[int, list[tuple[Tuned, int]]]:
         """Outcomes by work; what failed is in `fallen`. A tuning without enough memory is tried once more alone."""
@@ -573,9 +674,24 @@ class Classifier:
         for n, outcome in done.items():
             if isinstance(outcome, torch.OutOfMemoryError):
                 self._free()
-                (done[n],) = replace(self.tuner, together=1).tune([tasks[n]])
+                (done[n],) = replace(self.tuner, group=1).tune([tasks[n]])
+                self.out_of_memory[not isinstance(done[n], torch.OutOfMemoryError)] += 1
         fallen |= {n: outcome for n, outcome in done.items() if isinstance(outcome, Exception)}
         return {n: outcome for n, outcome in done.items() if not isinstance(outcome, Exception)}
+
+    def _twice(self, work: Callable[[], T], again: Callable[[], T] | None = None) -> T:
+        """The result of `work`; if memory runs out, of one more try with whatever memory can be freed."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            self._free()
+        try:
+            result = (again or work)()
+        except torch.OutOfMemoryError:
+            self.out_of_memory[False] += 1
+            raise
+        self.out_of_memory[True] += 1
+        return result
 
     def _free(self) -> None:
         if self.backbone.device.type == "cuda":
@@ -611,9 +727,9 @@ class Classifier:
                 status=status,
                 reason=reason,
                 steps=0,
-                steps_requested=plan.steps,
+                steps_requested=plan.steps_requested,
                 views=1,
-                views_requested=plan.views,
+                views_requested=plan.views_requested,
                 views_kept=1,
                 entropy_before=entropy,
                 entropy_after=entropy,
@@ -659,6 +775,8 @@ class Classifier:
             status, reason = "fallback", tuned.reason
         elif tuned.stopped is not None:
             status, reason = "partial", tuned.stopped
+        elif plan.shed is not None:
+            status, reason = "partial", plan.shed
         report = Adaptation(
             method=plan.method,
             host=plan.host,
@@ -666,9 +784,9 @@ class Classifier:
             status=status,
             reason=reason,
             steps=tuned.steps,
-            steps_requested=plan.steps,
+            steps_requested=plan.steps_requested,
             views=plan.views,
-            views_requested=plan.views,
+            views_requested=plan.views_requested,
             views_kept=tuned.kept,
             entropy_before=entropy,
             entropy_after=float(objectives.entropy(logits.softmax(-1))) if finite else entropy,
@@ -699,14 +817,26 @@ def _failing(failed: dict[int, Exception], n: int) -> Iterator[None]:
     """What goes wrong with one work is kept as its own failure; what the device says concerns all."""
     try:
         yield
-    except torch.AcceleratorError:
-        raise
     except torch.OutOfMemoryError as error:
         failed[n] = error
     except Exception as error:  # a bug: its request fails alone
+        if device.is_broken(error):
+            raise
         if not isinstance(error, GramError):
             log.exception("a request failed alone")
         failed[n] = error
+
+
+def _seconds(work: Callable[[], Any], times: int = 2) -> float:
+    """The shortest of a few runs."""
+    found = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+    return max(1e-9, min(found))
 
 
 class _Clock:
@@ -739,7 +869,9 @@ def _device_errors() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise _no_memory() from error
-    except torch.AcceleratorError as error:
+    except RuntimeError as error:
+        if not device.is_broken(error):
+            raise
         raise DeviceError("the device failed; the process must be replaced.") from error
 
 

@@ -17,6 +17,7 @@ Messages say what was got, what was expected and what to do; they never echo the
       MethodUnavailable      a method or host that this model can't serve
       OutOfMemory            the device ran out of memory
       DeviceError            the device failed in any other way
+      WeightsChanged         the weights in memory are not those that were loaded
 """
 
 from __future__ import annotations
@@ -112,3 +113,9 @@ class DeviceError(GramError):
     """The device failed; nothing on it can be trusted until the process is replaced."""
 
     code = "accelerator_failed"
+
+
+class WeightsChanged(GramError):
+    """The weights in memory are not those that were loaded; nothing that they say can be trusted."""
+
+    code = "weights_changed"

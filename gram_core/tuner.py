@@ -18,6 +18,7 @@ from torch import Tensor
 from gram_core import baselines, gram, objectives
 from gram_core.adapt import Regulate, identity
 from gram_core.backbone import Backbone
+from gram_core.device import is_broken
 from gram_core.gram import Structure
 from gram_core.learned import Learned, TuneConfig
 from gram_core.prompts import PromptMethod
@@ -109,8 +110,10 @@ class _Watch:
 class Tuner:
     """Hosts, methods and weights of one model; pure in all of them.
 
-    `together` bounds the texts (episodes times classes) that tunings of one class set may share a pass of the text
-    tower with; 1, the default, tunes every image by itself, so that no answer depends on its neighbours, bit for bit.
+    Images that are tuned one at a time share passes of the text tower, `group` of them in each, where their class set
+    has few enough names that a pass holds no more than `together` texts. The last pass is padded: in a fixed shape an
+    image's answer does not depend on its neighbours, bit for bit on a CPU (measured, and looked at again by
+    `Classifier.warm_up`).
     """
 
     backbone: Backbone
@@ -123,13 +126,18 @@ class Tuner:
     learned: Learned | None = None
     weights: Params | None = None
     structure: Structure | None = None
-    together: int = 1
+    group: int = 1
+    together: int = 0
+
+    def group_of(self, classes: ClassSet) -> int:
+        """How many images share a pass."""
+        return self.group if self.group * len(classes) <= self.together else 1
 
     def tune(self, tasks: Sequence[Task]) -> list[list[tuple[Tuned, int]] | Exception]:
         """For every task the outcome and the row in it of each of its images, or what went wrong with it alone.
 
-        With `together` above 1, images that are tuned one at a time share passes of the text tower where their class
-        sets, hosts and steps agree, whichever request they belong to. Raises what concerns the device, nothing else.
+        Images that are tuned one at a time share passes of the text tower where their class sets, hosts and steps
+        agree, whichever request they belong to. Raises what concerns the device, nothing else.
         """
         done: list[list[tuple[Tuned, int]] | Exception] = []
         shared: dict[object, list[tuple[int, int]]] = {}
@@ -142,12 +150,10 @@ class Tuner:
                 continue
             try:
                 done.append(self._alone(task))
-            except torch.AcceleratorError:
-                raise
             except Exception as error:  # a bug: this request alone falls back to zero-shot
                 done.append(_told(error))
         for places in shared.values():
-            size = max(1, self.together // len(tasks[places[0][0]].classes))
+            size = self.group_of(tasks[places[0][0]].classes)
             for start in range(0, len(places), size):
                 self._share(tasks, places[start : start + size], done)
         return done
@@ -159,14 +165,13 @@ class Tuner:
         done: list[list[tuple[Tuned, int]] | Exception],
     ) -> None:
         """Tune the images (task, row) at `places` in one pass, and put the outcomes where they belong."""
-        stops = [tasks[n].stop for n, _ in places]
         first = tasks[places[0][0]]
+        filled = [*places, *[places[0]] * (self.group_of(first.classes) - len(places))]
         try:
-            features = torch.stack([tasks[n].seen.views[i] for n, i in places])
-            cosines = torch.stack([tasks[n].cosines[i] for n, i in places])
+            features = torch.stack([tasks[n].seen.views[i] for n, i in filled])
+            cosines = torch.stack([tasks[n].cosines[i] for n, i in filled])
+            stops = [tasks[n].stop for n, _ in places]
             tuned = self._tune_images(features, cosines, first.classes, first.plan, stops)
-        except torch.AcceleratorError:
-            raise
         except Exception as error:  # the same, for those that shared the pass
             for n, _ in places:
                 done[n] = _told(error)
@@ -287,9 +292,12 @@ class Tuner:
     def _tune_images(
         self, features: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan, stops: Sequence[Stop]
     ) -> list[Tuned]:
-        """TPT on each of E images by itself, in one pass; `features` (E, V, D), originals first, `cosines` (E, K)."""
+        """TPT on each of E images by itself, in one pass; `features` (E, V, D), originals first, `cosines` (E, K).
+
+        Outcomes of the first images, as many as there are `stops`; the others only fill the pass.
+        """
         assert plan.host is not None
-        started, watch = time.perf_counter(), _Watch(stops)
+        started, watch = time.perf_counter(), _Watch([*stops, *[_filler] * (len(features) - len(stops))])
         host, config = self.hosts[plan.host], self.configs[plan.method]
         base = self.backbone.logit_scale * features @ self.texts.features(classes).T
         kept = objectives.confident(base, config.keep)  # (E, M)
@@ -310,7 +318,7 @@ class Tuner:
         before = objectives.marginal_entropy(base[each, kept]).tolist()
         after = objectives.marginal_entropy(final[:, :-1]).tolist()
         made = []
-        for e in range(len(features)):
+        for e in range(len(stops)):
             logits, own = final[e, -1:], cosines[e : e + 1]
             reason = self._distrust(logits, own, before[e], after[e])
             always = torch.ones(1, dtype=torch.bool, device=logits.device)
@@ -352,8 +360,15 @@ class Tuner:
         return Tuned(logits, accepted, reason, kept, sharpness, ms, steps, stopped)
 
 
+def _filler() -> str | None:
+    """An image that only fills a pass keeps no one waiting."""
+    return "filler"
+
+
 def _told(error: Exception) -> Exception:
-    """A bug is logged where it happens; running out of memory is not a bug."""
+    """A bug is logged where it happens; running out of memory is not a bug; a broken device is everyone's."""
+    if is_broken(error):
+        raise error
     if not isinstance(error, torch.OutOfMemoryError):
         log.error("a tuning failed", exc_info=error)
     return error

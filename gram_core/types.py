@@ -9,7 +9,7 @@ This module imports no torch, so that the wire layer can name results without lo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -42,7 +42,10 @@ class Tuning:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What will be run: a `Tuning` with every default filled in. `skip` says why nothing will be tuned."""
+    """What will be run: a `Tuning` with every default filled in. `skip` says why nothing will be tuned.
+
+    A plan that was made smaller than asked says why in `shed`, and keeps what was asked.
+    """
 
     method: str
     host: str | None
@@ -51,6 +54,27 @@ class Plan:
     views: int
     seed: int
     skip: str | None = None
+    shed: str | None = None
+    asked_steps: int | None = None
+    asked_views: int | None = None
+
+    @property
+    def steps_requested(self) -> int:
+        """Before anything was shed."""
+        return self.steps if self.asked_steps is None else self.asked_steps
+
+    @property
+    def views_requested(self) -> int:
+        """Before anything was shed."""
+        return self.views if self.asked_views is None else self.asked_views
+
+    def less(self, why: str, *, views: int, steps: int) -> Plan:
+        """The same with at most these views and steps; equal if that is no less."""
+        views, steps = min(views, self.views), min(steps, self.steps)
+        if self.skip is not None or (views, steps) == (self.views, self.steps):
+            return self
+        asked = self.steps_requested, self.views_requested
+        return replace(self, shed=why, views=views, steps=steps, asked_steps=asked[0], asked_views=asked[1])
 
 
 def never(_: float) -> str | None:
@@ -63,7 +87,8 @@ class Work:
     """One request's part of a run: prepared images, a class set, and what to do with them.
 
     `stop` is asked before views are cut and before every step, with the seconds since zero-shot was there: why this
-    request's tuning must end now, or None.
+    request's tuning must end now, or None. `early` is given the zero-shot answer as soon as it is there, if something
+    is to be tuned after it: what to answer when time runs out in the middle of a step.
     """
 
     images: Sequence[Any]
@@ -71,6 +96,7 @@ class Work:
     plan: Plan
     explain: bool = False
     stop: Callable[[float], str | None] = never
+    early: Callable[[Answer], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +225,7 @@ class ModelInfo:
     batch_from: int
     defaults: dict[str, dict[str, float | int | str]]
     shapes: dict[str, int]
+    build: str = ""  # what else decides the bits of an answer: versions, device, threads, shapes
 
 
 def _scores(cosines: FloatArray, scale: float, temperature: float, kind: str) -> FloatArray:

@@ -18,20 +18,18 @@ from gram_core.backbone import Backbone
 from gram_core.classifier import Classifier
 from gram_core.errors import DeviceError, OutOfMemory
 from gram_core.images import DecodedImage
-from gram_core.tuner import Tuner
+from gram_core.tuner import Seen, Tuner
 from gram_core.types import Answer, Tuning, Work
 from tests.test_classifier import NAMES, gram_of, images, same
 
 Make = Callable[..., DecodedImage]
 Works = list[Work]
-EPSILON = 1e-3  # of a score, where images of several requests are tuned in one pass (docs/method.md)
+EPSILON = 1e-3  # of a score, between groups of different sizes
 
 
 @pytest.fixture(scope="module")
 def classifier(tiny: Backbone) -> Classifier:
-    made = gram_of(tiny)
-    made.tuner = dataclasses.replace(made.tuner, together=64)
-    return made
+    return gram_of(tiny)
 
 
 def work(
@@ -67,31 +65,49 @@ def answers(classifier: Classifier, works: Sequence[Work]) -> list[Answer]:
     return [answer for answer in made if isinstance(answer, Answer)]
 
 
-def strictly(classifier: Classifier) -> Classifier:
-    """The same, with no shared passes of the text tower."""
-    made = copy.copy(classifier)
-    made.tuner = dataclasses.replace(classifier.tuner, together=1)
-    return made
-
-
 def test_no_answer_depends_on_the_company(classifier: Classifier, works: Works) -> None:
+    """Bit for bit: whoever shares the passes, and wherever in them a request's images come to lie."""
     for own in works:
         classifier.texts.features(own.classes)
     alone = [answers(classifier, [own])[0] for own in works]
-    strict, rng = strictly(classifier), random.Random(0)
-    strict_alone = [answers(strict, [own])[0] for own in works]
-    for _ in range(3):
+    rng = random.Random(0)
+    for _ in range(4):
         company = rng.sample(range(len(works)), rng.randint(2, len(works)))
         for n, answer in zip(company, answers(classifier, [works[n] for n in company]), strict=True):
-            for a, b in zip(answer.results, alone[n].results, strict=True):
-                assert (a.baseline_cosines == b.baseline_cosines).all()
-                assert np.abs(a.scores() - b.scores()).max() <= EPSILON
-                assert works[n].plan.host == "coop" or works[n].plan.scope == "image" or same(a, b)
+            assert all(same(a, b) for a, b in zip(answer.results, alone[n].results, strict=True)), n
+            assert [a.explanation for a in answer.results] == [b.explanation for b in alone[n].results]
             assert answer.image_passes == alone[n].image_passes
             assert answer.text_passes == alone[n].text_passes
-        for n, answer in zip(company, answers(strict, [works[n] for n in company]), strict=True):
-            assert all(same(a, b) for a, b in zip(answer.results, strict_alone[n].results, strict=True)), n
-            assert [a.explanation for a in answer.results] == [b.explanation for b in strict_alone[n].results]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8, 10])
+def test_an_image_tuned_beside_others_gets_the_bits_it_gets_alone(classifier: Classifier, count: int) -> None:
+    classes = classifier.class_set([f"thing {n}" for n in range(count)])
+    assert classifier.tuner.group_of(classes) == 4
+    plan = classifier.plan(Tuning(method="tpt", views=6, steps=2), 1, classes)
+    seen = classifier._noise(7, 6)
+    rows = [Seen(seen.views[n : n + 1], seen.sha256[n : n + 1]) for n in range(7)]
+    alone = [classifier.answer(row, classes, plan)[0].cosines for row in rows]
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        order = rng.permutation(7)[: rng.integers(2, 8)]
+        company = Seen(seen.views[torch.from_numpy(order)], tuple(seen.sha256[n] for n in order))
+        for n, result in zip(order, classifier.answer(company, classes, plan), strict=True):
+            assert (result.cosines == alone[n]).all()
+
+
+def test_many_classes_are_tuned_one_image_at_a_time_since_sharing_would_only_cost(classifier: Classifier) -> None:
+    assert classifier.tuner.group_of(classifier.class_set([f"thing {n}" for n in range(11)])) == 1
+
+
+def test_the_size_of_a_group_moves_an_answer_by_rounding_alone(classifier: Classifier, make_image: Make) -> None:
+    own = work(classifier, make_image, 3, method="tpt", views=8, steps=2)
+    (grouped,) = answers(classifier, [own])
+    single = copy.copy(classifier)
+    single.tuner = dataclasses.replace(classifier.tuner, group=1)
+    (alone,) = answers(single, [own])
+    for a, b in zip(grouped.results, alone.results, strict=True):
+        assert np.abs(a.scores() - b.scores()).max() <= EPSILON
 
 
 def test_images_of_several_requests_share_passes_of_both_towers(
@@ -107,10 +123,10 @@ def test_images_of_several_requests_share_passes_of_both_towers(
     monkeypatch.setattr(baselines, "marginal", counted)
     ask = [work(classifier, make_image, 1, first=n, method="tpt", views=8) for n in range(6)]
     answers(classifier, ask)
-    assert episodes == [6]
+    assert episodes == [4, 4]
     episodes.clear()
     answers(classifier, [*ask, work(classifier, make_image, 1, names=["other", "names"], method="tpt", views=8)])
-    assert sorted(episodes) == [1, 6]
+    assert episodes == [4, 4, 4]  # six in two passes, and one of other names, filled up
 
 
 # ---- stopping ----
@@ -208,18 +224,12 @@ def test_a_bug_in_one_tuning_is_that_requests_baseline(
     bad = work(classifier, make_image, first=300, names=[*NAMES, "bad"], **tuning)
     plain = dataclasses.replace(bad, plan=classifier.plan(Tuning(method="none"), len(bad.images), bad.classes))
     (expected,) = answers(classifier, [plain])
-    got = answers(strictly_broken(broken), [*works, bad])
+    got = answers(broken, [*works, bad])
     for result, zero_shot in zip(got[-1].results, expected.results, strict=True):
         assert (result.adaptation.status, result.adaptation.reason) == ("fallback", "internal")
         assert (result.cosines == zero_shot.cosines).all()
-    for answer, alone in zip(got, [*answers(strictly(classifier), works)], strict=False):
+    for answer, alone in zip(got, [*answers(classifier, works)], strict=False):
         assert all(same(a, b) for a, b in zip(answer.results, alone.results, strict=True))
-
-
-def strictly_broken(broken: Classifier) -> Classifier:
-    made = copy.copy(broken)
-    made.tuner = dataclasses.replace(broken.tuner, together=1)
-    return made
 
 
 @pytest.mark.parametrize(("times", "status"), [(1, "completed"), (2, "fallback")])
@@ -270,3 +280,72 @@ def test_a_broken_device_is_everybodys(
     bad = work(classifier, make_image, 8, names=[*NAMES, "bad"])
     with pytest.raises(DeviceError):
         broken.run([work(classifier, make_image, 8, first=100), bad])
+
+
+# ---- what is told before it is over ----
+
+
+def test_the_zero_shot_answer_is_there_before_anything_is_tuned(classifier: Classifier, make_image: Make) -> None:
+    early: list[Answer] = []
+    asked: list[int] = []
+
+    def stop(_: float) -> str | None:
+        asked.append(len(early))
+        return None
+
+    own = dataclasses.replace(work(classifier, make_image, 8, method="infomax", steps=2), early=early.append, stop=stop)
+    plain = dataclasses.replace(own, plan=classifier.plan(Tuning(method="none"), 8, own.classes), early=early.append)
+    tuned, zero_shot = answers(classifier, [own, plain])
+    (first,) = early  # where nothing is to be tuned, nothing is early
+    assert set(asked) == {1}
+    for a, b in zip(first.results, zero_shot.results, strict=True):
+        assert (a.cosines == b.cosines).all()
+        assert (a.adaptation.status, a.adaptation.reason) == ("skipped", "deadline")
+        assert (a.adaptation.steps, a.adaptation.steps_requested) == (0, 2)
+    assert {r.adaptation.status for r in tuned.results} == {"completed"}
+
+
+def test_a_plan_that_was_made_smaller_says_so(classifier: Classifier, make_image: Make) -> None:
+    asked = work(classifier, make_image, 8, method="infomax", steps=9, views=8)
+    less = dataclasses.replace(asked, plan=asked.plan.less("brownout", views=4, steps=1))
+    small = dataclasses.replace(asked, plan=dataclasses.replace(asked.plan, views=4, steps=1))
+    shed, plain = answers(classifier, [less, small])
+    for a, b in zip(shed.results, plain.results, strict=True):
+        report = a.adaptation
+        assert (report.status, report.reason) == ("partial", "brownout")
+        assert (report.steps, report.steps_requested, report.views, report.views_requested) == (1, 9, 4, 8)
+        assert (a.cosines == b.cosines).all()
+    assert asked.plan.less("brownout", views=8, steps=9) == asked.plan
+
+
+@pytest.mark.parametrize("stage", ["features", "_original_features", "encode_images"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_memory_that_runs_out_is_tried_once_more_and_counted(
+    classifier: Classifier, make_image: Make, monkeypatch: pytest.MonkeyPatch, stage: str, times: int
+) -> None:
+    left = [times]
+    made = copy.copy(classifier)
+    made.out_of_memory = {True: 0, False: 0}
+    owner = {"features": made.texts, "_original_features": made, "encode_images": made.backbone}[stage]
+    real = getattr(owner, stage)
+
+    def scarce(*args: Any, **options: Any) -> Any:
+        if left[0] and (stage != "encode_images" or options.get("views")):
+            left[0] -= 1
+            raise torch.OutOfMemoryError("no")
+        return real(*args, **options)
+
+    own = work(classifier, make_image, 8, method="infomax", steps=1)
+    monkeypatch.setattr(owner, stage, scarce)
+    if times == 1:
+        (answer,) = answers(made, [own])
+        assert {r.adaptation.status for r in answer.results} == {"completed"}
+        assert made.out_of_memory == {True: 1, False: 0}
+    elif stage == "encode_images":
+        (answer,) = answers(made, [own])
+        assert {r.adaptation.reason for r in answer.results} == {"out_of_memory"}
+        assert made.out_of_memory == {True: 0, False: 1}
+    else:
+        with pytest.raises(OutOfMemory):
+            made.classify(own.images, own.classes, own.plan)
+        assert made.out_of_memory == {True: 0, False: 1}
