@@ -16,9 +16,6 @@ from typing import Any, NoReturn, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -27,8 +24,8 @@ from starlette.responses import JSONResponse, Response
 from gram_core import __version__
 from gram_core.errors import GramError, InvalidClasses
 from gram_core.types import Answer, Plan
-from server import images
-from server.answers import ClassifyAnswer, ErrorAnswer, classification
+from server import images, openapi
+from server.answers import ClassifyAnswer, classification
 from server.auth import Guard, Rates
 from server.engine import Classifier, Engine, Job
 from server.errors import STATUS, ApiError, from_core
@@ -99,18 +96,18 @@ def create_app(
             methods=["POST"],
             operation_id=path.strip("/").replace("/", "_"),
             summary="Classify images, before and after adaptation",
-            openapi_extra={"requestBody": _request_body()},
-            responses=_responses(ClassifyAnswer, *sorted({*STATUS.values()} - {404, 405})),
+            openapi_extra={"requestBody": openapi.request_body()},
+            responses=openapi.responses(ClassifyAnswer, *sorted({*STATUS.values()} - {404, 405})),
         )
     probes: dict[str, Callable[[], Any]] = {"/livez": service.livez, "/startupz": service.startupz}
     for path in ("/readyz", "/health", "/healthz", "/ping"):
         probes[path] = service.readyz
     for path, probe in probes.items():
-        app.add_api_route(path, probe, operation_id=path[1:], responses=_responses(None, 503))
+        app.add_api_route(path, probe, operation_id=path[1:], responses=openapi.responses(None, 503))
         app.add_api_route(path, probe, methods=["HEAD"], include_in_schema=False)
-    app.add_api_route("/info", service.info, operation_id="info", responses=_responses(None, 401, 403, 421, 503))
-    app.add_api_route("/metrics", service.scrape, operation_id="metrics", responses=_responses(None, 401))
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.add_api_route("/info", service.info, operation_id="info", responses=openapi.responses(None, 401, 403, 421, 503))
+    app.add_api_route("/metrics", service.scrape, operation_id="metrics", responses=openapi.responses(None, 401))
+    app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     app.add_middleware(
         Ingress,
         settings=settings,
@@ -464,42 +461,3 @@ async def _refused_by_framework(_: Request, error: Exception) -> NoReturn:
     else:
         refusal = ApiError("malformed_body", "the request can't be read.")
     raise refusal from error
-
-
-# ---- the OpenAPI document ----
-
-
-def _request_body() -> dict[str, Any]:
-    reference = {"$ref": "#/components/schemas/ClassifyRequest"}
-    form = {
-        "type": "object",
-        "required": ["image"],
-        "properties": {
-            "image": {"type": "array", "items": {"type": "string", "format": "binary"}},
-            "request": {"$ref": "#/components/schemas/Question"},
-            "classes": {"type": "array", "items": {"type": "string"}},
-        },
-    }
-    return {
-        "required": True,
-        "content": {
-            "application/json": {"schema": reference},
-            "multipart/form-data": {"schema": form},
-            "image/*": {"schema": {"type": "string", "format": "binary"}},
-        },
-    }
-
-
-def _responses(answer: Any, *statuses: int) -> dict[int | str, dict[str, Any]]:
-    responses: dict[int | str, dict[str, Any]] = {status: {"model": ErrorAnswer} for status in statuses}
-    return {**({200: {"model": answer}} if answer is not None else {}), **responses}
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        asked: list[tuple[type[BaseModel], Any]] = [(ClassifyRequest, "validation"), (Question, "validation")]
-        _, schemas = models_json_schema(asked, ref_template="#/components/schemas/{model}")
-        document["components"]["schemas"] |= schemas["$defs"]
-        app.openapi_schema = document
-    return app.openapi_schema
