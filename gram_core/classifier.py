@@ -367,6 +367,14 @@ class Classifier:
         """The plan, or the largest smaller one that `budget_s` seconds are enough for; see `Pace.fit`."""
         return self.pace.fit(plan, images, len(classes), budget_s, why, self.tuner.group_of(classes))
 
+    def memory(self) -> dict[str, float]:
+        """Bytes held, by kind: class features kept, and what is allocated and reserved on a CUDA device."""
+        held = {"text_cache": float(self.texts.held_bytes)}
+        if self.backbone.device.type == "cuda":
+            held["allocated"] = float(torch.cuda.memory_allocated(self.backbone.device))
+            held["reserved"] = float(torch.cuda.memory_reserved(self.backbone.device))
+        return held
+
     # ---- the engine thread ----
 
     def classify(self, images: Sequence[Prepared], classes: ClassSet, plan: Plan, *, explain: bool = False) -> Answer:
@@ -413,6 +421,8 @@ class Classifier:
             there = time.perf_counter()
             stops = [partial(_since, there, work.stop) for work in works]
             fallen: dict[int, Exception] = {}
+            wanted = [work for n, work in enumerate(works) if n in cosines]
+            predicted = sum(self.seconds(work.plan, len(work.images), work.classes) for work in wanted)
             seen, stopped = self._look(works, rows, {n: stops[n] for n in cosines}, fallen)
             tasks = {n: Task(s, cosines[n], works[n].classes, works[n].plan, stops[n]) for n, s in seen.items()}
             tuned = self._tuned(tasks, fallen)
@@ -426,6 +436,13 @@ class Classifier:
                     else:
                         made[n] = self._untuned(rows[n], cosines[n], work, stopped.get(n), fallen.get(n))
             clock.lap("adapt")
+            if (
+                not failed
+                and not fallen
+                and not stopped
+                and not any(o.stopped for own in tuned.values() for o, _ in own)
+            ):
+                self.pace.correct(predicted, clock.laps["adapt"] / 1000)
         answers: list[Answer | Exception] = []
         for n, work in enumerate(works):
             if n in failed:
@@ -517,14 +534,14 @@ class Classifier:
         few, more = (self.class_set([f"thing {i}" for i in range(count)]) for count in (4, 16))
         for tuning in self._tunings():
             times = []
-            for classes, steps in ((few, 1), (few, 3), (more, 3)):
+            for classes, steps in ((few, 1), (few, 2), (more, 2)):
                 plan = self.plan(replace(tuning, steps=steps, views=8), BATCH_FROM, classes)
                 count = BATCH_FROM if plan.scope == "batch" else self.tuner.group_of(classes)
                 seen = self._noise(count, plan.views)
-                times.append(_seconds(partial(self.answer, seen, classes, plan)))
+                times.append(_seconds(partial(self.answer, seen, classes, plan), times=1))
             each = self.tuner.group_of(few) if plan.scope == "image" else BATCH_FROM
             of = each * plan.views if plan.host == "residual" else (each if plan.scope == "image" else 1)
-            line = Line.through(*times, steps=3, units=of * len(few), wider=of * len(more))
+            line = Line.through(*times, steps=2, units=of * len(few), wider=of * len(more))
             self.pace.lines[key(plan)] = line
 
     def _tunings(self) -> Iterator[Tuning]:
@@ -544,17 +561,16 @@ class Classifier:
         if on_cuda and not torch.are_deterministic_algorithms_enabled():
             return True
         most = self.tuner.together // max(1, self.tuner.group)
-        for count in {3, most} if self.tuner.group > 1 and most > 1 else ():
-            classes = self.class_set([f"thing {i}" for i in range(count)])
-            plan = self.plan(Tuning(method="tpt", views=8), 1, classes)
-            seen = self._noise(self.tuner.group, plan.views)
-            whole = self.answer(seen, classes, plan)
-            turned = self.answer(Seen(seen.views.flip(0), seen.sha256), classes, plan)[::-1]
-            alone = [self.answer(Seen(seen.views[:1], seen.sha256[:1]), classes, plan)[0], *whole[1:]]
-            for results in zip(whole, turned, alone, strict=True):
-                if len({r.cosines.tobytes() for r in results}) > 1:
-                    return False
-        return True
+        if self.tuner.group == 1 or most < 2:
+            return True
+        classes = self.class_set([f"thing {i}" for i in range(most)])
+        plan = self.plan(Tuning(method="tpt", views=8), 1, classes)
+        seen = self._noise(self.tuner.group, plan.views)
+        whole = self.answer(seen, classes, plan)
+        turned = self.answer(Seen(seen.views.flip(0), seen.sha256), classes, plan)[::-1]
+        (alone,) = self.answer(Seen(seen.views[:1], seen.sha256[:1]), classes, plan)
+        pairs = [(whole[0], alone), *zip(whole, turned, strict=True)]
+        return all(a.cosines.tobytes() == b.cosines.tobytes() for a, b in pairs)
 
     def _noise(self, images: int, views_: int) -> Seen:
         made = torch.randn(images, views_, self.backbone.joint_dim, generator=torch.Generator().manual_seed(0))

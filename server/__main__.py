@@ -1,7 +1,8 @@
 """`python -m server`: read the settings, take the port, serve until told to stop.
 
 Exit codes: 0 stopped in good order, 64 settings, 65 model, 69 port, 70 the engine ended, 80 the device
-failed, 83 work was abandoned after GRAM_DRAIN_S. The last line on stderr says why.
+failed, 81 the engine stalled, 82 the weights changed, 83 work was abandoned after GRAM_DRAIN_S. The last line on
+stderr says why.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from gram_core.errors import DeviceError, GramError
+from gram_core.errors import DeviceError, GramError, WeightsChanged
 from server.app import Service, create_app
 from server.settings import InvalidSettings, Settings, read_settings, usage
 from server.wire import http_config
 
-OK, BAD_SETTINGS, BAD_MODEL, NO_PORT, ENGINE_ENDED, DEVICE_FAILED, ABANDONED = 0, 64, 65, 69, 70, 80, 83
+OK, BAD_SETTINGS, BAD_MODEL, NO_PORT, ENGINE_ENDED = 0, 64, 65, 69, 70
+DEVICE_FAILED, STALLED, WEIGHTS_CHANGED, ABANDONED = 80, 81, 82, 83
 LAST_RESORT_S = 2.0  # a process whose device is broken may hang on its way out
 
 log = logging.getLogger("server")
@@ -58,11 +60,23 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service = service
         service.engine.on_end = self.engine_ended
+        service.engine.on_stall = self.engine_stalled
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """First signal: finish what was admitted. Second: leave."""
-        if self.should_exit:
+        """First signal: not ready from here on, and after GRAM_DRAIN_DELAY_S finish what was admitted. Second: leave."""
+        if self.service.leaving:
             os._exit(128 + sig)
+        self.service.leaving = True
+        delay = self.service.settings.drain_delay_s
+        if delay > 0 and self.started:
+            later = threading.Timer(delay, self.drain)
+            later.daemon = True
+            later.start()
+        else:
+            self.drain()
+
+    def drain(self) -> None:
+        """Take no new work, and end when there is none left."""
         self.service.draining = True
         self.should_exit = True
 
@@ -70,6 +84,8 @@ class Server(uvicorn.Server):
         """Called from the engine's thread: nothing more can be answered."""
         if isinstance(error, DeviceError):
             self.code = DEVICE_FAILED
+        elif isinstance(error, WeightsChanged):
+            self.code = WEIGHTS_CHANGED
         elif isinstance(error, GramError):
             self.code = BAD_MODEL
         else:
@@ -78,6 +94,14 @@ class Server(uvicorn.Server):
         last.daemon = True
         last.start()
         self.should_exit = True
+
+
+    def engine_stalled(self) -> None:
+        """Called from the watchdog: a thread that is stuck in a driver can't be stopped, only the process can."""
+        seconds = self.service.settings.stall_s
+        _refuse(STALLED, f"the engine showed no life for {seconds:g} s (GRAM_STALL_S)")
+        sys.stderr.flush()
+        os._exit(STALLED)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from gram_core.types import Adaptation, Answer, Explanation, FloatArray, ImageResult, ModelInfo
+from gram_core.types import Adaptation, Answer, Explanation, FloatArray, ImageResult, ModelInfo, Plan
 from server.errors import ApiError
+from server.replay import token
 
 DIGITS = 6  # of what an explanation says
 MAX_TOLD_NAME = 80  # characters of a prototype's name
@@ -59,6 +60,13 @@ class ItemError(Strict):
     message: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Told(Adaptation):
+    """What adaptation did, and the token with which the same can be run again."""
+
+    replay: str
+
+
 class Result(Strict):
     """One image: the answer to use, and the baseline beside it."""
 
@@ -69,7 +77,7 @@ class Result(Strict):
     error: ItemError | None
     predictions: list[Prediction]
     baseline: Baseline | None
-    adaptation: Adaptation | None
+    adaptation: Told | None
     explain: Explanation | None
     image: ImageFacts | None
 
@@ -141,22 +149,29 @@ def classification(
     top_k: int | None,
     items: Sequence[tuple[str | None, Any]],
     answer: Answer | None,
+    plan: Plan,
     cost: float,
+    brownout: int,
     timings_ms: Mapping[str, float],
 ) -> bytes:
     """The JSON of `ClassifyAnswer`.
 
-    `items` are the caller's id and the prepared image, or the `ApiError` that it got instead; `answer` holds
-    one result for each prepared image, in order, and is None if there was none.
+    `plan` is what was run, at a level of the brown-out (0: that took nothing away). `items` are the caller's id and
+    the prepared image, or the `ApiError` that it got instead; `answer` holds one result for each prepared image, in
+    order, and is None if there was none.
     """
     answered = iter(answer.results if answer is not None else ())
-    results = []
+    hashes = [image.sha256 for _, image in items if not isinstance(image, ApiError)]
+    results: list[dict[str, Any]] = []
     for index, (name, image) in enumerate(items):
         head = {"index": index, "id": name}
         if isinstance(image, ApiError):
             results.append({**head, **EMPTY, "error": {"code": image.code, "message": image.message}})
         else:
-            results.append({**head, **_result(next(answered), image, class_set.names, score, top_k)})
+            result = next(answered)
+            together = [image.sha256] if plan.scope == "image" else hashes
+            again = token(result.adaptation, plan, model, class_set.id, together)
+            results.append({**head, **_result(result, image, class_set.names, score, top_k, again)})
     body = {
         "id": request_id,
         "object": "classification",
@@ -178,7 +193,7 @@ def classification(
             "image_passes": answer.image_passes if answer is not None else 0,
             "text_passes": answer.text_passes if answer is not None else 0,
             "cost": cost,
-            "brownout": 0,
+            "brownout": brownout,
         },
         "timings_ms": {stage: round(ms, 3) for stage, ms in timings_ms.items()},
     }
@@ -196,7 +211,9 @@ EMPTY: dict[str, Any] = {
 }
 
 
-def _result(result: ImageResult, image: Any, names: Sequence[str], score: str, top_k: int | None) -> dict[str, Any]:
+def _result(
+    result: ImageResult, image: Any, names: Sequence[str], score: str, top_k: int | None, again: str
+) -> dict[str, Any]:
     after = _predictions(result.scores(score), names, top_k)
     before = _predictions(result.baseline_scores(score), names, top_k)
     return {
@@ -205,7 +222,7 @@ def _result(result: ImageResult, image: Any, names: Sequence[str], score: str, t
         "error": None,
         "predictions": after,
         "baseline": {"label": before[0]["label"], "score": before[0]["score"], "predictions": before},
-        "adaptation": asdict(result.adaptation),
+        "adaptation": {**vars(result.adaptation), "replay": again},
         "explain": None if result.explanation is None else _explanation(result.explanation),
         "image": {
             "width": image.width,

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import parse_qsl
 
@@ -23,10 +23,12 @@ from starlette.responses import JSONResponse, Response
 
 from gram_core import __version__
 from gram_core.errors import GramError, InvalidClasses
-from gram_core.types import Answer, Plan
-from server import images, openapi
+from gram_core.types import Answer, Plan, Tuning
+from server import images, openapi, replay
 from server.answers import ClassifyAnswer, classification
 from server.auth import Guard, Rates
+from server.brownout import shed
+from server.decoding import Gate
 from server.engine import Classifier, Engine, Job
 from server.errors import STATUS, ApiError, from_core
 from server.images import Checked
@@ -56,6 +58,7 @@ from server.settings import BYTES_PER_PIXEL, Settings
 
 SMALL = 32_768  # bodies up to this many bytes are parsed on the spot
 ABANDON_S = 1.0
+PULSE_S = 0.25
 RAW_TYPES = ("application/octet-stream", "image/")
 T = TypeVar("T")
 
@@ -134,6 +137,10 @@ class Call:
         """Seconds until its deadline."""
         return (self.timeout_ms - self.exchange.elapsed_ms()) / 1000
 
+    def in_time(self) -> asyncio.Timeout:
+        """Raises TimeoutError once the deadline has passed."""
+        return asyncio.timeout(self.left_s())
+
 
 class Service:
     """What the routes share: the engine, the pools and the byte budget of one app."""
@@ -145,6 +152,8 @@ class Service:
         self.guard = Guard(settings)
         self.rates = Rates(settings.rate_cost, settings.queue_seconds)
         self.budget = Budget(settings.max_inflight_bytes, self.metrics)
+        self.gate = Gate(settings, self.metrics)
+        self.leaving = False  # told to stop: not ready, but what comes is still answered
         self.draining = False
         self.started = time.time()
         self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
@@ -154,9 +163,11 @@ class Service:
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """The engine loads while requests are already answered (503), and finishes its work at the end."""
         self.engine.start()
+        pulse = asyncio.create_task(self._feel())
         try:
             yield
         finally:
+            pulse.cancel()
             self.draining = True
             await asyncio.to_thread(self.engine.stop, ABANDON_S)  # the web server has waited for requests already
             self._decoders.shutdown(wait=False, cancel_futures=True)
@@ -193,8 +204,7 @@ class Service:
         timeout_ms = question.timeout_ms or self.settings.timeout_ms
         call = Call(classifier, question, posted, exchange, lease, timeout_ms)
         try:
-            async with asyncio.timeout(call.left_s()):
-                return await self._classify(call)
+            return await self._classify(call)
         except TimeoutError:  # the engine says the same of a job whose time is up when its turn comes
             self.metrics.rejected.labels("deadline").inc()
             raise ApiError("deadline_exceeded", f"no answer within {timeout_ms} ms (timeout_ms).") from None
@@ -202,26 +212,42 @@ class Service:
     async def _classify(self, call: Call) -> Response:
         classifier, engine, times = call.classifier, self.engine, call.exchange.timings_ms
         began = call.exchange.elapsed_ms()
-        class_set = await self._at_desk(_class_set, call)
-        plan = _plan(call, len(call.posted), class_set)
+        async with call.in_time():
+            class_set = await self._at_desk(_class_set, call)
+        level = engine.level
+        plan = self._plan(call, len(call.posted), class_set, level)
         tokenized = call.exchange.elapsed_ms()
         with engine.place(classifier.cost(plan, len(call.posted), class_set)) as place:
             self._spend(call, place.cost)
-            items = await self._decode(call)
+            async with call.in_time():
+                items = await self._decode(call)
             times["decode"] = call.exchange.elapsed_ms() - tokenized
             prepared = [item for item in items if not isinstance(item, ApiError)]
             answer: Answer | None = None
             if prepared:
                 if len(prepared) != len(items):
-                    plan = _plan(call, len(prepared), class_set)
+                    plan = self._plan(call, len(prepared), class_set, level)
                     engine.reprice(place, classifier.cost(plan, len(prepared), class_set))
+                _check_replay(call, class_set, prepared)
                 call.exchange.stage = "queue"
                 due = engine.clock() + call.left_s()
-                job = Job(place, prepared, class_set, plan, due, explain=call.question.explain)
+                budget_ms = call.question.adaptation.budget_ms
+                budget_ms = self.settings.default_budget_ms if budget_ms is None else budget_ms
+                job = Job(
+                    place,
+                    prepared,
+                    class_set,
+                    plan,
+                    due,
+                    explain=call.question.explain,
+                    budget_s=None if budget_ms is None else budget_ms / 1000,
+                    exact=call.question.adaptation.recorded is not None,
+                )
                 answer = await self._run(job, call)
+                plan = job.plan
                 times |= {"queue": job.queue_ms, **answer.timings_ms}
                 times["text"] = times.get("text", 0.0) + tokenized - began
-                self.metrics.observe(answer, place.cost, times)
+                self.metrics.observe(answer, times)
         call.exchange.stage = "serialise"
         times["total"] = call.exchange.elapsed_ms()
         content = await self._at_desk(
@@ -234,12 +260,25 @@ class Service:
                 top_k=call.question.top_k,
                 items=[(image.id, item) for image, item in zip(call.posted, items, strict=True)],
                 answer=answer,
+                plan=plan,
                 cost=place.cost if answer is not None else 0.0,
+                brownout=level if "brownout" in (plan.skip, plan.shed) else 0,
                 timings_ms=times,
             )
         )
         self.metrics.stage_seconds.labels("serialise").observe((call.exchange.elapsed_ms() - times["total"]) / 1000)
         return Response(content, media_type="application/json")
+
+    def _plan(self, call: Call, count: int, class_set: Any, level: int) -> Plan:
+        """What will be run, of what was asked, at this level of the brown-out."""
+        asked = call.question.adaptation
+        if asked.recorded is not None:
+            return _recorded_plan(call, count, class_set, asked.recorded)
+        plan = _plan(call, asked.tuning(), count, class_set)
+        less = shed(plan, level)
+        if less != plan and asked.on_overload == "reject":
+            raise self.engine.full()
+        return less
 
     def _read(self, request: Request, media: str, body: bytes) -> tuple[Question, list[Posted]]:
         """What is asked, and the images, from any of the three forms of a request."""
@@ -273,20 +312,24 @@ class Service:
         settings, metrics, prepare = self.settings, self.metrics, call.classifier.prepare
         checked = await self._in_pool(images.check, [image.data for image in call.posted], settings, metrics)
         _first_refusal(checked, call.question)
-        pixels = BYTES_PER_PIXEL * sum(item.pixels for item in checked if isinstance(item, Checked))
-        call.lease.grow(pixels)
+        pixels = sum(item.pixels for item in checked if isinstance(item, Checked))
+        size = BYTES_PER_PIXEL * pixels
+        call.lease.grow(size)
         turn = asyncio.Semaphore(settings.decode_threads)  # one request never fills the pool's queue
 
         async def one(index: int, item: Checked | ApiError) -> Any:
             if isinstance(item, ApiError):
                 return item
-            async with turn:
-                return await self._in_pool(images.load, item, index, settings, metrics, prepare)
+            async with turn, self.gate.hold(item.pixels):
+                loaded, seconds = await self._in_pool(images.load, item, index, settings, metrics, prepare)
+                self.gate.took(item.pixels, seconds)
+                return loaded
 
-        items = await asyncio.gather(*(one(index, item) for index, item in enumerate(checked)))
+        with self.gate.room(pixels):
+            items = await asyncio.gather(*(one(index, item) for index, item in enumerate(checked)))
         _first_refusal(items, call.question)
         kept = sum(item.nbytes for item in items if not isinstance(item, ApiError))
-        call.lease.grow(min(0, kept - pixels))
+        call.lease.grow(min(0, kept - size))
         return items
 
     def _spend(self, call: Call, cost: float) -> None:
@@ -297,8 +340,14 @@ class Service:
             raise
 
     async def _run(self, job: Job, call: Call) -> Answer:
+        """The engine's answer, or, when time runs out in the middle of its work, zero-shot if that is there."""
         try:
-            return await self.engine.submit(job)
+            async with call.in_time():
+                return await self.engine.submit(job)
+        except TimeoutError:
+            if job.early is None or job.exact:
+                raise
+            return job.early
         except GramError as error:
             raise from_core(error) from error
         finally:
@@ -329,6 +378,14 @@ class Service:
             raise ApiError("not_ready", "the model is still being loaded; try again later.", retry_after=5)
         return self.engine.classifier
 
+    async def _feel(self) -> None:
+        """How late the event loop is, again and again."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + PULSE_S
+            await asyncio.sleep(PULSE_S)
+            self.metrics.loop_lag.set(max(0.0, loop.time() - due))
+
     # ---- probes and facts ----
 
     async def livez(self) -> Response:
@@ -341,8 +398,10 @@ class Service:
         checks = {
             "engine": self.engine.alive,
             "model": self.engine.phase in ("warmup", "ready"),
+            "weights": self.engine.phase in ("warmup", "ready") and self.engine.intact,
             "warmup": self.engine.phase == "ready",
-            "not_draining": not self.draining,
+            "device": self.engine.failure is None,
+            "not_draining": not (self.leaving or self.draining),
         }
         ready = all(checks.values())
         content = {"status": "ready" if ready else "not_ready", "checks": checks}
@@ -365,7 +424,11 @@ class Service:
             "model": asdict(self.engine.classifier.info),
             "limits": limits,
             "timeout_ms": settings.timeout_ms,
+            "default_budget_ms": settings.default_budget_ms,
+            "deterministic": settings.deterministic,
             "queue_seconds": settings.queue_seconds,
+            "brownout": list(settings.brownout),
+            "text_pass_cost": self.engine.classifier.text_weight,
             "cost_rate": self.engine.rate,
             "uptime_seconds": round(time.time() - self.started, 1),
         }
@@ -394,6 +457,8 @@ def _load(settings: Settings) -> Classifier:
         default_steps=settings.default_steps,
         default_views=settings.default_views,
         default_batch_views=settings.default_batch_views,
+        deterministic=settings.deterministic,
+        text_group=settings.text_group,
     )
 
 
@@ -405,15 +470,35 @@ def _class_set(call: Call) -> Any:
         raise from_core(error, field) from error
 
 
-def _plan(call: Call, count: int, class_set: Any) -> Plan:
-    host, known = call.question.adaptation.host, call.classifier.info.hosts
-    if host is not None and host not in known:
+def _plan(call: Call, tuning: Tuning, count: int, class_set: Any) -> Plan:
+    known = call.classifier.info.hosts
+    if tuning.host is not None and tuning.host not in known:
         sentence = f"no such host on this model. It has {', '.join(known)}."
         raise ApiError("method_unavailable", sentence, param="adaptation.host")
     try:
-        return call.classifier.plan(call.question.adaptation.tuning(), count, class_set)
+        return call.classifier.plan(tuning, count, class_set)
     except GramError as error:
         raise from_core(error) from error
+
+
+def _recorded_plan(call: Call, count: int, class_set: Any, recorded: replay.Recorded) -> Plan:
+    """The plan of a token, once the model agrees that it could run it."""
+    told, plan = replay.differences(recorded, call.classifier.info, class_set.id), recorded.plan
+    if told:
+        raise replay.mismatch(told)
+    tuning = Tuning(method=plan.method, seed=plan.seed)
+    if plan.method != "none":
+        tuning = replace(tuning, host=plan.host, scope=plan.scope, steps=plan.steps, views=plan.views)
+    return replace(plan, skip=plan.skip or _plan(call, tuning, count, class_set).skip)
+
+
+def _check_replay(call: Call, class_set: Any, prepared: list[Any]) -> None:
+    recorded = call.question.adaptation.recorded
+    if recorded is not None:
+        hashes = [image.sha256 for image in prepared]
+        told = replay.differences(recorded, call.classifier.info, class_set.id, hashes)
+        if told:
+            raise replay.mismatch(told)
 
 
 def _first_refusal(items: list[Any], question: Question) -> None:

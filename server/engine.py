@@ -1,8 +1,8 @@
 """The one thread that owns the classifier and its device.
 
-It loads, warms up and then runs one job at a time, first come first served. What waits is bounded by
-cost, what is waiting can be withdrawn, a deadline is checked before work starts, and a job that fails
-fails alone. The engine knows nothing of HTTP; `ApiError` is only how it says no.
+It loads, warms up and then runs batches: the oldest job, and those behind it that fit beside it. What waits is bounded
+by cost, what is waiting can be withdrawn, what is running ends at the next step once its caller has gone or its time is
+up, and a job that fails fails alone. The engine knows nothing of HTTP; `ApiError` is only how it says no.
 """
 
 from __future__ import annotations
@@ -19,17 +19,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from gram_core.errors import DeviceError, GramError, OutOfMemory
+from gram_core.errors import DeviceError, GramError, OutOfMemory, WeightsChanged
 from gram_core.images import DecodedImage
-from gram_core.types import Answer, ModelInfo, Plan, Tuning
+from gram_core.types import Answer, ModelInfo, Plan, Tuning, Work
+from server.brownout import Brownout
 from server.errors import ApiError, internal
 from server.metrics import Metrics
 from server.settings import Settings
 
-TICK_S = 0.5  # how often an idle engine shows that it lives
-FORGET = 0.8  # weight of the past in the measured rate, per job
+TICK_S = 0.5  # how often an idle engine shows that it lives, and looks at a piece of the weights
+FORGET = 0.8  # weight of the past in the measured rate, per batch
+BATCH_S = 0.25  # of measured work in one batch: beyond that company costs more latency than it saves work
+FATAL, FATAL_S = 3, 60.0  # this often without memory for zero-shot in so many seconds is a broken device
 
 log = logging.getLogger("server.engine")
+
+
+class Sentinel(Protocol):
+    """Hashes of what must never change; raises WeightsChanged."""
+
+    def check(self, pieces: int = 1) -> None: ...
 
 
 class Classifier(Protocol):
@@ -37,13 +46,22 @@ class Classifier(Protocol):
 
     @property
     def info(self) -> ModelInfo: ...
+    @property
+    def sentinel(self) -> Sentinel: ...
+    @property
+    def text_weight(self) -> float: ...
+    @property
+    def out_of_memory(self) -> Mapping[bool, int]: ...
     def prepare(self, image: DecodedImage) -> Any: ...
     def class_set(
         self, classes: Sequence[str] | Mapping[str, Sequence[str]], templates: Sequence[str] | None = None
     ) -> Any: ...
     def plan(self, tuning: Tuning, images: int, classes: Any) -> Plan: ...
     def cost(self, plan: Plan, images: int, classes: Any) -> float: ...
-    def classify(self, images: Sequence[Any], classes: Any, plan: Plan, *, explain: bool = False) -> Answer: ...
+    def seconds(self, plan: Plan, images: int, classes: Any) -> float: ...
+    def fit(self, plan: Plan, images: int, classes: Any, budget_s: float, why: str) -> Plan: ...
+    def run(self, works: Sequence[Work]) -> list[Answer | Exception]: ...
+    def memory(self) -> Mapping[str, float]: ...
     def warm_up(self) -> None: ...
 
 
@@ -57,7 +75,11 @@ class Place:
 
 @dataclass(eq=False)
 class Job:
-    """One request's images, to be classified together before `deadline` (on the engine's clock)."""
+    """One request's images, to be classified together before `deadline` (on the engine's clock).
+
+    `budget_s` bounds the adaptation from the moment that zero-shot is there; a job that is `exact` is run as its plan
+    says or not at all. `early` is the zero-shot answer, once it is there.
+    """
 
     place: Place
     images: Sequence[Any]
@@ -65,15 +87,27 @@ class Job:
     plan: Plan
     deadline: float
     explain: bool = False
+    budget_s: float | None = None
+    exact: bool = False
     future: Future[Answer] = field(default_factory=Future)
     submitted: float = 0.0
     queue_ms: float = 0.0
+    early: Answer | None = None
+    left: bool = False
+
+    def patience_s(self, now: float) -> tuple[float, str]:
+        """How long its adaptation may take, and what bounds it."""
+        time_left = self.deadline - now
+        if self.budget_s is not None and self.budget_s < time_left:
+            return self.budget_s, "budget"
+        return time_left, "deadline"
 
 
 class Engine:
     """`with engine.place(cost) as place: answer = await engine.submit(Job(place, ...))`.
 
-    `on_end`, when set, is called from the engine's thread with whatever ended the loop.
+    `on_end`, when set, is called from the engine's thread with whatever ended the loop; `on_stall` from the watchdog's
+    when the engine has shown no life for GRAM_STALL_S.
     """
 
     def __init__(
@@ -88,6 +122,7 @@ class Engine:
         self.phase = "settings"
         self.failure: BaseException | None = None
         self.on_end: Callable[[BaseException], None] | None = None
+        self.on_stall: Callable[[], None] | None = None
         self.clock = clock
         self._load = load
         self._settings = settings
@@ -97,16 +132,21 @@ class Engine:
         self._turn = threading.Condition()  # guards everything below
         self._queue: deque[Job] = deque()
         self._places: set[Place] = set()
-        self._running: Job | None = None
+        self._running: list[Job] = []
         self._stopping = False
-        self._spent: tuple[float, float] = (0.0, 0.0)  # cost, seconds; older jobs fade
+        self._spent: tuple[float, float] = (0.0, 0.0)  # cost, seconds; older batches fade
+        self._brownout = Brownout(settings.brownout)
+        self._exhausted: deque[float] = deque(maxlen=FATAL)
+        self._rested = time.monotonic()
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
         metrics.gauge("queue_cost", "Cost that waits.", lambda: self.queue_cost)
         metrics.gauge("queue_requests", "Requests that wait.", lambda: float(len(self._places)))
         metrics.gauge("queue_oldest_seconds", "Age of the oldest waiting request.", self._oldest_s)
+        metrics.gauge("brownout_level", "0 to 3: what of adaptation is shed.", lambda: float(self.level))
         metrics.gauge("cost_rate", "Measured cost per second.", lambda: self.rate or 0.0)
         metrics.gauge("engine_heartbeat_age_seconds", "Since the engine last showed life.", self._silence_s)
         metrics.gauge("device_healthy", "1 until the device fails.", lambda: float(self.failure is None))
+        metrics.gauge("weights_intact", "1 while the weights are those loaded.", lambda: float(self.intact))
 
     # ---- state, readable from any thread ----
 
@@ -123,8 +163,13 @@ class Engine:
         return self.phase != "ready" or self._silence_s() < self._settings.stall_s
 
     @property
+    def intact(self) -> bool:
+        """No weight is known to have changed."""
+        return not isinstance(self.failure, WeightsChanged)
+
+    @property
     def rate(self) -> float | None:
-        """Cost per second, measured over the latest jobs; None before the first."""
+        """Cost per second, measured over the latest batches; None before the first."""
         cost, seconds = self._spent
         return cost / seconds if seconds > 0 else None
 
@@ -132,7 +177,13 @@ class Engine:
     def queue_cost(self) -> float:
         """Cost of everything that was let in and has not started."""
         with self._turn:
-            return sum(place.cost for place in self._places)
+            return self._waiting()
+
+    @property
+    def level(self) -> int:
+        """Of the brown-out, at this moment's fill."""
+        with self._turn:
+            return self._brownout.update(self._waiting() / self._bound())
 
     @property
     def startup_s(self) -> float:
@@ -143,7 +194,14 @@ class Engine:
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
         with self._turn:
-            return not self._places and self._running is None
+            return not self._places and not self._running
+
+    def _waiting(self) -> float:
+        return sum(place.cost for place in self._places)
+
+    def _bound(self) -> float:
+        rate = self.rate
+        return self._settings.queue_seconds * rate if rate else self._settings.max_request_cost
 
     def _oldest_s(self) -> float:
         with self._turn:
@@ -157,9 +215,11 @@ class Engine:
     def start(self) -> None:
         """Begin to load; returns at once."""
         self._thread.start()
+        if self.on_stall is not None:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def stop(self, patience_s: float = 30.0) -> None:
-        """Finish what was submitted and end the thread; neither a load nor a job that hangs is waited for."""
+        """Finish what was submitted and end the thread; neither a load nor a batch that hangs is waited for."""
         with self._turn:
             self._stopping = True
             self._turn.notify()
@@ -180,6 +240,14 @@ class Engine:
         self._check(cost)
         place.cost = cost
 
+    def full(self) -> ApiError:
+        """429, and when to come back."""
+        with self._turn:
+            running = sum(job.place.cost for job in self._running)
+            wait_s = math.ceil((self._waiting() + running) / self.rate) if self.rate else 1
+        self._metrics.rejected.labels("queue").inc()
+        return ApiError("overloaded", "the queue is full. Try again later.", retry_after=max(1, min(30, wait_s)))
+
     def _check(self, cost: float) -> None:
         most = self._settings.max_request_cost
         if cost > most:
@@ -193,25 +261,19 @@ class Engine:
     def _reserve(self, cost: float) -> Place:
         self._check(cost)
         with self._turn:
-            waiting = sum(place.cost for place in self._places)
-            rate = self.rate
-            bound = self._settings.queue_seconds * rate if rate else self._settings.max_request_cost
-            if self._places and waiting + cost > bound:
-                running = self._running.place.cost if self._running else 0.0
-                wait_s = math.ceil((waiting + running) / rate) if rate else 1
-                self._metrics.rejected.labels("queue").inc()
-                wait_s = max(1, min(30, wait_s))
-                raise ApiError("overloaded", "the queue is full. Try again later.", retry_after=wait_s)
-            place = Place(cost, self.clock())
-            self._places.add(place)
-            return place
+            if not self._places or self._waiting() + cost <= self._bound():
+                place = Place(cost, self.clock())
+                self._places.add(place)
+                return place
+        raise self.full()
 
     def _leave(self, place: Place) -> None:
         with self._turn:
             self._places.discard(place)
+            self._turn.notify()  # a batch may be waiting for what will now never come
 
     async def submit(self, job: Job) -> Answer:
-        """Queue a job and wait for its answer; cancelling the wait withdraws a job that has not started."""
+        """Queue a job and wait for its answer; cancelling the wait withdraws it, or ends it at its next step."""
         with self._turn:
             if self.failure is not None or self._stopping:
                 raise _ended(self.failure)
@@ -221,6 +283,7 @@ class Engine:
         try:
             return await asyncio.wrap_future(job.future)
         except asyncio.CancelledError:
+            job.left = True
             with self._turn:
                 if job in self._queue:  # free its images now rather than when its turn comes
                     self._queue.remove(job)
@@ -237,8 +300,11 @@ class Engine:
             self.classifier = classifier
             self._startup_s = self.clock() - self._started
             self._enter("ready", **_served(classifier.info))
-            while (job := self._next()) is not None:
-                self._do(classifier, job)
+            while (jobs := self._next(classifier)) is not None:
+                if jobs:
+                    self._do(classifier, jobs)
+                else:
+                    classifier.sentinel.check()
         except BaseException as error:  # whatever it is: the loop has ended, and everyone must see it
             self._end(error)
 
@@ -249,55 +315,156 @@ class Engine:
         self._beat = now
         self.phase = phase
 
-    def _next(self) -> Job | None:
+    def _watch(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(min(1.0, self._settings.stall_s / 4)):
+            if self.failure is not None or (self._stopping and not self._thread.is_alive()):
+                return
+            if self.phase == "ready" and self._silence_s() >= self._settings.stall_s and self.on_stall is not None:
+                self.on_stall()
+                return
+
+    def _next(self, classifier: Classifier) -> list[Job] | None:
+        """The next batch; none after an idle moment, None when there will be no other."""
         with self._turn:
             while not self._queue:
                 if self._stopping:
                     return None
                 self._beat = self.clock()
                 self._turn.wait(TICK_S)
-            job = self._queue.popleft()
+                if not self._queue and time.monotonic() - self._rested >= TICK_S:
+                    self._rested = time.monotonic()
+                    return []
+            self._wait_for_company()
             self._beat = self.clock()
-            self._running = job
-            self._places.discard(job.place)
-            return job
+            self._running = self._gather(classifier)
+            for job in self._running:
+                self._queue.remove(job)
+                self._places.discard(job.place)
+            return list(self._running)
 
-    def _do(self, classifier: Classifier, job: Job) -> None:
+    def _wait_for_company(self) -> None:
+        """A moment for those that are let in but still being decoded."""
+        end = time.monotonic() + self._settings.batch_wait_ms / 1000
+        while self._queue and not self._stopping:
+            cost = sum(job.place.cost for job in self._queue)
+            left = end - time.monotonic()
+            if left <= 0 or len(self._places) <= len(self._queue) or cost >= self._batch_cost():
+                return
+            self._turn.wait(left)
+
+    def _batch_cost(self) -> float:
+        rate = self.rate
+        most = self._settings.max_batch_cost
+        return min(most, rate * BATCH_S) if rate else most
+
+    def _gather(self, classifier: Classifier) -> list[Job]:
+        """The oldest job, and those behind it that fit beside it: in cost, and in everyone's time."""
+        now, most = self.clock(), self._batch_cost()
+        chosen: list[Job] = []
+        cost = seconds = 0.0
+        patience = math.inf
+        for job in self._queue:
+            try:
+                own = min(job.patience_s(now)[0], patience)
+                needed = min(classifier.seconds(job.plan, len(job.images), job.classes), job.patience_s(now)[0])
+            except Exception:  # a bug of the model's own estimate: what it is about runs by itself, and fails alone
+                log.exception("no estimate")
+                own, needed = 0.0, math.inf
+            if chosen and (cost + job.place.cost > most or seconds + needed > own):
+                continue
+            chosen.append(job)
+            cost, seconds, patience = cost + job.place.cost, seconds + needed, own
+            if cost >= most:
+                break
+        return chosen
+
+    def _do(self, classifier: Classifier, jobs: Sequence[Job]) -> None:
         started = self.clock()
-        answer: Answer | None = None
-        failure: Exception | None = None
+        outcomes: dict[Job, Answer | Exception] = {}
         try:
-            if not job.future.set_running_or_notify_cancel():
-                return
-            job.queue_ms = (started - job.submitted) * 1000
-            if started >= job.deadline:
-                failure = TimeoutError()
-                return
-            answer = classifier.classify(job.images, job.classes, job.plan, explain=job.explain)
-            self._spent = (
-                FORGET * self._spent[0] + job.place.cost,
-                FORGET * self._spent[1] + self.clock() - started,
-            )
-        except DeviceError as error:
-            failure = error
-            with self._turn:
-                self.failure = error  # before this job is answered: whoever hears of it finds every probe turned
-            raise
-        except GramError as error:
-            failure = error
-            if isinstance(error, OutOfMemory):
-                self._metrics.out_of_memory.labels("false").inc()
-        except Exception as error:  # a bug: this job fails alone, and whoever waits for it logs the traceback
-            failure = error
+            live = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+            for job in live:
+                job.queue_ms = (started - job.submitted) * 1000
+            late = [job for job in live if started >= job.deadline]
+            outcomes |= {job: TimeoutError() for job in late}
+            live = [job for job in live if job not in outcomes]
+            if live:
+                self._run(classifier, live, outcomes)
+                self._account(classifier, live, outcomes, started)
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, DeviceError):
+                log.exception("a batch failed")  # a bug of this file: whoever has an answer gets it
+            else:
+                with self._turn:
+                    self.failure = error  # before anyone is answered: whoever hears of it finds every probe turned
+                raise
         finally:
-            job.images = ()
             with self._turn:
-                self._running = None
+                self._running = []
                 self._beat = self.clock()
-            if answer is not None:
-                job.future.set_result(answer)
-            elif job.future.running():
-                job.future.set_exception(failure or internal())
+            for job in jobs:
+                job.images = ()
+                if job.future.running():
+                    _settle(job, outcomes.get(job, self.failure or internal()))
+
+    def _run(self, classifier: Classifier, jobs: Sequence[Job], outcomes: dict[Job, Answer | Exception]) -> None:
+        """Fill `outcomes`. What fails as a whole is tried once more one by one, so that only the culprit fails."""
+        ready: list[Job] = []
+        works: list[Work] = []
+        for job in jobs:
+            try:
+                works.append(self._work(classifier, job))
+                ready.append(job)
+            except DeviceError:
+                raise
+            except Exception as error:
+                outcomes[job] = error
+        try:
+            found = classifier.run(works) if works else []
+            outcomes |= zip(ready, found, strict=True)
+        except DeviceError:
+            raise
+        except Exception as error:  # a bug, or no memory: the caller logs the traceback
+            if len(ready) == 1:
+                outcomes[ready[0]] = error
+                return
+            for job in ready:
+                self._run(classifier, [job], outcomes)
+
+    def _work(self, classifier: Classifier, job: Job) -> Work:
+        plan = job.plan
+        if not job.exact:
+            plan = classifier.fit(plan, len(job.images), job.classes, *job.patience_s(self.clock()))
+
+        def stop(seconds: float) -> str | None:
+            now = self._beat = self.clock()
+            if job.left or now >= job.deadline:
+                return "deadline"
+            over = job.budget_s is not None and not job.exact and seconds >= job.budget_s
+            return "budget" if over else None
+
+        def early(answer: Answer) -> None:
+            job.early = answer
+
+        job.plan = plan
+        return Work(job.images, job.classes, plan, job.explain, stop, early)
+
+    def _account(
+        self, classifier: Classifier, jobs: Sequence[Job], outcomes: Mapping[Job, Answer | Exception], started: float
+    ) -> None:
+        cost, took = sum(job.place.cost for job in jobs), self.clock() - started
+        found = [outcomes[job] for job in jobs]
+        answers = [outcome for outcome in found if isinstance(outcome, Answer)]
+        if answers:
+            self._spent = FORGET * self._spent[0] + cost, FORGET * self._spent[1] + took
+        predicted = sum(classifier.seconds(job.plan, len(job.images), job.classes) for job in jobs)
+        self._metrics.ran(answers, cost, [job.queue_ms for job in jobs], predicted)
+        self._metrics.memory(classifier.out_of_memory, classifier.memory())
+        if any(isinstance(outcome, OutOfMemory) for outcome in found):
+            self._exhausted.append(started)
+            if len(self._exhausted) == FATAL and started - self._exhausted[0] <= FATAL_S:
+                raise DeviceError("the device has too little memory for plain zero-shot, again and again.")
 
     def _end(self, error: BaseException) -> None:
         log.critical("engine ended", exc_info=None if isinstance(error, GramError) else error)
@@ -310,6 +477,13 @@ class Engine:
                 job.future.set_exception(_ended(error))
         if self.on_end is not None:
             self.on_end(error)
+
+
+def _settle(job: Job, outcome: Answer | BaseException) -> None:
+    if isinstance(outcome, Answer):
+        job.future.set_result(outcome)
+    else:
+        job.future.set_exception(outcome if isinstance(outcome, Exception) else _ended(outcome))
 
 
 def _served(model: ModelInfo) -> dict[str, str]:

@@ -17,6 +17,7 @@ STATUS = {
     "not_found": 404,
     "method_not_allowed": 405,
     "body_timeout": 408,
+    "replay_mismatch": 409,
     "body_too_large": 413,
     "image_too_large": 413,
     "too_many_images": 413,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gram_core.errors import InvalidClasses, MethodUnavailable
+from gram_core.errors import DeviceError, InvalidClasses, MethodUnavailable, OutOfMemory
 from gram_core.images import DecodedImage
 from gram_core.types import (
     Adaptation,
@@ -26,6 +26,7 @@ from gram_core.types import (
     PrototypeSeen,
     Tuning,
     ViewSeen,
+    Work,
 )
 
 SCALE = 10.0
@@ -56,10 +57,20 @@ class FakeClassSet:
         return len(self.names)
 
 
+class FakeSentinel:
+    """Nothing can change."""
+
+    def check(self, pieces: int = 1) -> None:
+        """Fine."""
+
+
 class FakeClassifier:
     """The interface of `gram_core.classifier.Classifier`; subclass it to make it slow or to make it fail."""
 
     def __init__(self) -> None:
+        self.sentinel = FakeSentinel()
+        self.out_of_memory = {True: 0, False: 0}
+        self.text_weight = 0.0
         self.info = ModelInfo(
             name="fake",
             weights_sha256=hashlib.sha256(b"fake").hexdigest(),
@@ -82,6 +93,7 @@ class FakeClassifier:
             batch_from=BATCH_FROM,
             defaults={"infomax": {"steps": 20, "views": 8}, "tpt": {"steps": 1, "views": 64}},
             shapes={"image_chunk": 8},
+            build="fake",
         )
 
     def prepare(self, image: DecodedImage) -> FakePrepared:
@@ -131,6 +143,32 @@ class FakeClassifier:
         """Images times views; texts are free."""
         return float(images * (1 if plan.skip else 1 + plan.views) + 0 * len(classes))
 
+    def seconds(self, plan: Plan, images: int, classes: FakeClassSet) -> float:
+        """Nothing takes time here."""
+        return 0.0 * len(classes) * images * plan.views
+
+    def fit(self, plan: Plan, images: int, classes: FakeClassSet, budget_s: float, why: str) -> Plan:
+        """Whatever takes no time fits into any."""
+        fits = budget_s > self.seconds(plan, images, classes)
+        return plan if fits or plan.skip is not None else replace(plan, skip=why)
+
+    def memory(self) -> dict[str, float]:
+        """No device."""
+        return {}
+
+    def run(self, works: Sequence[Work]) -> list[Answer | Exception]:
+        """`classify` for each; what goes wrong with one is that one's outcome."""
+        made: list[Answer | Exception] = []
+        for work in works:
+            try:
+                made.append(self.classify(work.images, work.classes, work.plan, explain=work.explain))
+            except DeviceError:
+                raise
+            except Exception as error:
+                self.out_of_memory[False] += isinstance(error, OutOfMemory)
+                made.append(error)
+        return made
+
     def classify(
         self, images: Sequence[FakePrepared], classes: FakeClassSet, plan: Plan, *, explain: bool = False
     ) -> Answer:
@@ -161,12 +199,12 @@ class FakeClassifier:
             method=plan.method,
             host=plan.host,
             scope=plan.scope,
-            status="skipped" if plan.skip else "completed",
-            reason=plan.skip,
+            status="skipped" if plan.skip else ("partial" if plan.shed else "completed"),
+            reason=plan.skip or plan.shed,
             steps=0 if plan.skip else plan.steps,
-            steps_requested=plan.steps,
+            steps_requested=plan.steps_requested,
             views=1 if plan.skip else plan.views,
-            views_requested=plan.views,
+            views_requested=plan.views_requested,
             views_kept=1,
             entropy_before=1.0,
             entropy_after=1.0 if plan.skip else 0.5,

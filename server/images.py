@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import binascii
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,16 +66,17 @@ def check(posted: Sequence[str | bytes], settings: Settings, metrics: Metrics) -
 
 def load(
     image: Checked, index: int, settings: Settings, metrics: Metrics, prepare: Callable[[DecodedImage], Any]
-) -> Any:
-    """Pixels, ready for the classifier, or the `ApiError` that says why not."""
+) -> tuple[Any, float]:
+    """Pixels, ready for the classifier, or the `ApiError` that says why not; and the seconds that it took."""
+    started = time.monotonic()
     try:
         decoded = decode(image.data, limits(settings), index=index)
     except InvalidImage as error:
         metrics.decodes.labels("unknown", error.code).inc()
-        return from_core(error, "images")
+        return from_core(error, "images"), time.monotonic() - started
     metrics.decodes.labels(decoded.format, "ok").inc()
     metrics.pixels.observe(decoded.width * decoded.height)
-    return prepare(decoded)
+    return prepare(decoded), time.monotonic() - started
 
 
 def _encoded(data: str | bytes, index: int, max_bytes: int) -> bytes:

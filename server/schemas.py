@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -26,6 +27,7 @@ from pydantic import (
 
 from gram_core.types import Tuning
 from server.errors import ApiError
+from server.replay import Recorded, read
 from server.settings import Settings
 
 MAX_JSON_VALUES = 1_000_000  # a list of empty lists costs 70 bytes of memory for each 3 on the wire
@@ -69,7 +71,11 @@ class Adaptation(Strict):
     scope: Literal["auto", "image", "batch"] = "auto"
     steps: Annotated[int, Field(ge=0, le=64)] | None = None
     views: Annotated[int, Field(ge=1, le=128)] | None = None
+    budget_ms: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    on_overload: Literal["shed", "reject"] = "shed"
+    replay: str | None = None
+    _recorded: Recorded | None = PrivateAttr(None)
 
     @field_validator("steps", "views")
     @classmethod
@@ -80,9 +86,27 @@ class Adaptation(Strict):
             raise _invalid(f"must be at most {limit} on this server", f"adaptation.{info.field_name}")
         return value
 
+    @model_validator(mode="after")
+    def alone(self, info: ValidationInfo) -> Adaptation:
+        """A token says everything; what it says is bounded as a request is."""
+        if self.replay is None:
+            return self
+        if self.model_fields_set != {"replay"}:
+            raise _invalid("goes with no other field; it holds the whole plan", "adaptation.replay")
+        self._recorded = read(self.replay)
+        plan, settings = self._recorded.plan, _settings(info)
+        if max(plan.steps - settings.max_steps, plan.views - settings.max_views) > 0:
+            raise _invalid("asks for more steps or views than this server allows", "adaptation.replay")
+        return self
+
+    @property
+    def recorded(self) -> Recorded | None:
+        """What `replay` holds."""
+        return self._recorded
+
     def tuning(self) -> Tuning:
         """The core's form of it."""
-        return Tuning(**self.model_dump())
+        return Tuning(**self.model_dump(exclude={"budget_ms", "on_overload", "replay"}))
 
 
 class ClassSetReference(Strict):

@@ -37,6 +37,21 @@ def _words(value: object) -> object:
     return tuple(word for part in value.split(",") if (word := part.strip())) if isinstance(value, str) else value
 
 
+def _levels(value: object) -> object:
+    """`0.5,0.75,0.9` as three rising numbers, `off` as none."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() == "off":
+        return ()
+    try:
+        levels = tuple(float(part) for part in value.split(","))
+    except ValueError:
+        levels = ()
+    if len(levels) != 3 or not all(0 < level <= 1 for level in levels) or list(levels) != sorted(levels):
+        raise ValueError("must be off, or three rising numbers up to 1, as 0.5,0.75,0.9")
+    return levels
+
+
 def _network(value: str) -> str:
     ipaddress.ip_network(value, strict=False)
     return value
@@ -71,6 +86,9 @@ class Settings(BaseSettings):
     default_steps: NonNegativeInt | None = None  # None: the method's own
     default_views: PositiveInt | None = None  # for scope image; None: the model's own
     default_batch_views: PositiveInt | None = None
+    default_budget_ms: NonNegativeInt | None = None  # None: no budget
+    deterministic: bool = False
+    text_group: Annotated[int, Field(ge=1, le=64)] | None = None  # None: 4 on a CPU, 8 on a CUDA device
     max_steps: Annotated[int, Field(ge=0, le=64)] = 64
     max_views: Annotated[int, Field(ge=1, le=128)] = 128
     kl_cap: PositiveFloat = 5.0
@@ -81,6 +99,7 @@ class Settings(BaseSettings):
     body_timeout_s: PositiveFloat = 30.0
     stall_s: PositiveFloat = 60.0
     drain_s: PositiveInt = 30
+    drain_delay_s: NonNegativeFloat = 0.0
 
     max_connections: PositiveInt = 1024
     max_header_bytes: Annotated[int, Field(ge=1024)] = 32_768
@@ -94,8 +113,12 @@ class Settings(BaseSettings):
     max_classes: PositiveInt = 10_000
     max_texts: PositiveInt = 20_000
     max_request_cost: PositiveFloat = 16_384.0
+    max_batch_cost: PositiveFloat = 2080.0
+    batch_wait_ms: NonNegativeFloat = 5.0
     queue_seconds: PositiveFloat = 4.0
+    brownout: Annotated[tuple[float, ...], NoDecode, BeforeValidator(_levels)] = (0.5, 0.75, 0.9)
     decode_threads: Annotated[int, Field(ge=1, le=64)] = 4
+    decode_inflight_pixels: PositiveInt = 64_000_000
     text_cache_bytes: NonNegativeInt = 268_435_456
 
     api_keys_file: Annotated[Path, AfterValidator(Path.expanduser)] | None = None  # None: no keys

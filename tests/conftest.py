@@ -16,6 +16,9 @@ from safetensors.torch import save_file
 
 from gram_core.backbone import Backbone, load
 from gram_core.images import DecodedImage
+from tests.process_fixtures import start
+
+__all__ = ["start"]
 
 TINY: dict[str, Any] = {
     "embed_dim": 32,

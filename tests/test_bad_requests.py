@@ -164,7 +164,21 @@ FIELDS: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
     "unknown_field": ({SECRET: 1}, 422, "invalid_request", None),
     "unknown_option": ({"adaptation": {SECRET: 1}}, 422, "invalid_request", "adaptation"),
     "labels": ({"labels": ["cat"]}, 422, "invalid_request", None),
-    "replay": ({"adaptation": {"replay": "gr1.x"}}, 422, "invalid_request", "adaptation"),
+    "replay": ({"adaptation": {"replay": "gr1.x"}}, 422, "invalid_request", "adaptation.replay"),
+    "replay and more": (
+        {"adaptation": {"replay": "gr1.x", "seed": 1}},
+        422,
+        "invalid_request",
+        "adaptation.replay",
+    ),
+    "another version's replay": ({"adaptation": {"replay": "gr2.x"}}, 409, "replay_mismatch", "adaptation.replay"),
+    "a negative budget": ({"adaptation": {"budget_ms": -1}}, 422, "invalid_request", "adaptation.budget_ms"),
+    "an overload rule that is none": (
+        {"adaptation": {"on_overload": "wait"}},
+        422,
+        "invalid_request",
+        "adaptation.on_overload",
+    ),
 }
 
 

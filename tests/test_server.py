@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,6 @@ import pytest
 from gram_core.errors import DeviceError, ModelUnavailable, OutOfMemory
 from gram_core.images import decode
 from gram_core.types import Plan
-from server.__main__ import main
 from server.app import create_app
 from server.engine import Classifier
 from server.errors import RETRYABLE, STATUS
@@ -519,7 +515,14 @@ def test_a_server_that_loads_is_alive_but_not_ready_and_says_how_far_it_is() -> 
         assert server.client.get("/livez").status_code == 200
         ready = server.client.get("/readyz")
         assert ready.status_code == 503
-        assert ready.json()["checks"] == {"engine": True, "model": False, "warmup": False, "not_draining": True}
+        assert ready.json()["checks"] == {
+            "engine": True,
+            "model": False,
+            "weights": False,
+            "warmup": False,
+            "device": True,
+            "not_draining": True,
+        }
         assert code(server.ask()) == "not_ready"
         assert code(server.client.get("/info")) == "not_ready"
         assert "x-gram-model" not in ready.headers
@@ -673,170 +676,6 @@ def test_a_setting_that_cannot_be_used_is_named_in_one_line(
 
 def test_help_lists_every_flag() -> None:
     assert all(f"--{name.replace('_', '-')} " in usage() for name in Settings.model_fields)
-
-
-# ---- the process ----
-
-FAKE_PROCESS = """
-SECONDS = 0.3
-import socket, sys, time
-from server.__main__ import log_to_stderr, serve
-from server.__main__ import main
-from server.app import create_app
-from server.fake import FakeClassifier
-from server.settings import Settings
-
-class Slow(FakeClassifier):
-    def classify(self, images, classes, plan, **options):
-        time.sleep(SECONDS)
-        return super().classify(images, classes, plan, **options)
-
-log_to_stderr("info")
-settings = Settings(drain_s=1 if SECONDS > 1 else 5)
-sys.exit(serve(create_app(settings, Slow()), settings, socket.create_server(("127.0.0.1", 0))))
-"""
-
-
-BROKEN_PROCESS = """
-import socket, sys
-from gram_core.errors import ModelUnavailable
-from server.__main__ import log_to_stderr, serve
-from server.app import create_app
-from server.settings import Settings
-
-def load():
-    raise ModelUnavailable("its weights are truncated.")
-
-log_to_stderr("info")
-settings = Settings()
-sys.exit(serve(create_app(settings, load=load), settings, socket.create_server(("127.0.0.1", 0))))
-"""
-
-
-@dataclass
-class Process:
-    """A server in a process of its own; its log goes to a file, so that nobody has to keep reading it."""
-
-    popen: subprocess.Popen[bytes]
-    log: Path
-
-    def lines(self) -> list[dict[str, Any]]:
-        """The log so far; every line of it is one JSON object."""
-        complete, _, _ = self.log.read_text().rpartition("\n")
-        return [json.loads(line) for line in complete.splitlines()]
-
-    def url(self) -> str:
-        def ports() -> list[int]:
-            return [entry["port"] for entry in self.lines() if entry["event"] == "listening"]
-
-        until(lambda: ports() or self.popen.poll() is not None, "it listens", patience_s=60)
-        return f"http://127.0.0.1:{ports()[0]}"
-
-    def ended(self, code: int) -> str:
-        """Wait for the end; the last line says why."""
-        assert self.popen.wait(60) == code
-        last = self.lines()[-1]
-        assert last["code"] == code
-        return str(last["event"])
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Start processes that are gone after the test, whatever happens in it."""
-    with ExitStack() as stack:
-
-        def one(*command: str, **environ: str) -> Process:
-            log = tmp_path / f"{len(list(tmp_path.iterdir()))}.log"
-            environment = {k: v for k, v in os.environ.items() if not k.startswith("GRAM_")}
-            environment |= {"OMP_NUM_THREADS": "1", **environ}
-            with log.open("wb") as file:
-                popen = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stderr=file)
-            stack.callback(popen.wait)
-            stack.callback(popen.kill)
-            return Process(popen, log)
-
-        yield one
-
-
-def talk(url: str) -> httpx.Client:
-    return httpx.Client(base_url=url, trust_env=False, timeout=30)
-
-
-def test_a_stop_signal_finishes_what_was_admitted_and_exits_0(start: Callable[..., Process]) -> None:
-    process = start("-c", FAKE_PROCESS)
-    with talk(process.url()) as client, ThreadPoolExecutor(3) as pool:
-        until(lambda: client.get("/readyz").status_code == 200, "it is ready")
-        asked = [pool.submit(client.post, "/classify", json=body(png(n))) for n in range(3)]
-        until(lambda: "gram_requests_inflight 4.0" in client.get("/metrics").text, "all are admitted")
-        process.popen.send_signal(signal.SIGTERM)
-        assert [future.result().status_code for future in asked] == [200, 200, 200]
-    assert process.ended(0) == "stopped"
-    assert [entry["route"] for entry in process.lines() if entry["event"] == "request"] == ["/classify"] * 3
-
-
-def test_work_that_outlasts_the_drain_time_is_abandoned_with_exit_83(start: Callable[..., Process]) -> None:
-    process = start("-c", FAKE_PROCESS.replace("0.3", "30"))
-    with talk(process.url()) as client, ThreadPoolExecutor(1) as pool:
-        until(lambda: client.get("/readyz").status_code == 200, "it is ready")
-        asked = pool.submit(client.post, "/classify", json=body())
-        until(lambda: "gram_requests_inflight 2.0" in client.get("/metrics").text, "it is admitted")
-        process.popen.send_signal(signal.SIGTERM)
-        assert "GRAM_DRAIN_S" in process.ended(83)
-        assert code(asked.result()) == "draining"
-
-
-def test_a_stop_signal_while_the_model_loads_ends_at_once(start: Callable[..., Process]) -> None:
-    process = start("-c", BROKEN_PROCESS.replace("raise", "import time; time.sleep(60); raise"))
-    with talk(process.url()) as client:
-        assert client.get("/startupz").json()["phase"] == "load"
-    process.popen.send_signal(signal.SIGTERM)
-    assert process.ended(0) == "stopped"
-
-
-def test_a_second_stop_signal_means_now(start: Callable[..., Process]) -> None:
-    process = start("-c", FAKE_PROCESS)
-    with talk(process.url()) as client, ThreadPoolExecutor(1) as pool:
-        until(lambda: client.get("/readyz").status_code == 200, "it is ready")
-        asked = pool.submit(client.post, "/classify", json=body())
-        until(lambda: "gram_requests_inflight 2.0" in client.get("/metrics").text, "it is admitted")
-        process.popen.send_signal(signal.SIGTERM)
-        time.sleep(0.02)  # two signals at once may arrive as one
-        process.popen.send_signal(signal.SIGTERM)
-        assert process.popen.wait(10) == 128 + signal.SIGTERM
-        with pytest.raises(httpx.TransportError):
-            asked.result()
-
-
-def test_bad_settings_exit_64_with_one_line(start: Callable[..., Process]) -> None:
-    by_flag = start("-m", "server", "--max-imags", "7")
-    by_variable = start("-m", "server", GRAM_QUEUE_SECOND="1")
-    assert by_flag.ended(64) == "unknown flag --max-imags; did you mean --max-images?"
-    assert by_variable.ended(64) == "unknown setting GRAM_QUEUE_SECOND; did you mean GRAM_QUEUE_SECONDS?"
-    assert len(by_flag.lines()) == len(by_variable.lines()) == 1
-
-
-def test_a_port_in_use_exits_69_with_one_line(start: Callable[..., Process]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        process = start("-m", "server", "--port", str(taken.getsockname()[1]))
-        assert "can't listen on 127.0.0.1" in process.ended(69)
-
-
-@pytest.mark.parametrize("model", ["no-such-architecture/no-such-tag", "hf-hub:nobody/nothing"])
-def test_a_model_that_cannot_be_had_exits_65_before_the_server_listens(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("server.__main__.log_to_stderr", lambda _: None)
-    monkeypatch.setattr("server.__main__.serve", lambda *_: pytest.fail("it listens"))
-    code = main(["--port", "0", "--model", model, "--model-dir", str(tmp_path), "--offline"])
-    last = json.loads(capsys.readouterr().err.splitlines()[-1])
-    assert (code, last["code"]) == (65, 65)
-    assert last["event"]
-
-
-def test_a_model_that_cannot_be_loaded_exits_65(start: Callable[..., Process]) -> None:
-    process = start("-c", BROKEN_PROCESS)
-    assert process.ended(65) == "its weights are truncated."
-    assert "traceback" not in process.log.read_text()
 
 
 def test_a_real_model_is_loaded_warmed_up_and_answers(tiny_dir: Path) -> None:
