@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 from server.errors import ApiError
 from server.metrics import Metrics
@@ -66,7 +66,8 @@ class Gate:
                 if turn.done() and not turn.cancelled():
                     self._give_back(pixels)
                 else:
-                    self._line.remove((turn, pixels))
+                    with suppress(ValueError):  # it may have been passed over already
+                        self._line.remove((turn, pixels))
                     self._call()
                 raise
         else:

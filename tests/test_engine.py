@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from gram_core.errors import DeviceError, GramError, ModelUnavailable, OutOfMemory
-from gram_core.types import Answer, Plan
+from gram_core.types import Answer, Plan, Work
 from server.engine import Classifier, Engine, Job
 from server.errors import ApiError, from_core
 from server.fake import FakeClassifier, FakeClassSet, FakePrepared
@@ -340,3 +341,231 @@ def test_every_job_of_a_random_storm_ends_exactly_once() -> None:
         assert {"left", "late", "bad", "answered"} == set(ends)
         assert it.alive
         assert isinstance(asyncio.run(run(it)), Answer)
+
+
+# ---- batches ----
+
+
+class Batched(HeldClassifier):
+    """Tells which images each run held, and asks every work whether to stop, as a tuning does between steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[list[int]] = []
+        self.stops: list[str | None] = []
+        self.takes: dict[int, float] = {}
+
+    def seconds(self, plan: Plan, images: int, classes: FakeClassSet) -> float:
+        return self.takes.get(plan.seed, 0.0) + super().seconds(plan, images, classes)
+
+    def run(self, works: Sequence[Work]) -> list[Answer | Exception]:
+        self.batches.append([work.images[0].sha256[0] for work in works])
+        made = super().run(works)
+        self.stops += [work.stop(0.0) for work in works]
+        return made
+
+
+async def held(it: Engine, classifier: Batched, *later: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Run job 0, submit the others while it runs, then let go."""
+    first = asyncio.create_task(run(it, 0))
+    await asyncio.to_thread(until, lambda: classifier.batches, "the first job runs")
+    tasks = [asyncio.create_task(work) for work in later]
+    await asyncio.sleep(0)
+    classifier.gate.set()
+    return await asyncio.gather(first, *tasks, return_exceptions=True)
+
+
+def test_jobs_that_wait_together_run_together_in_the_order_they_came() -> None:
+    with engine(classifier := Batched()) as it:
+        asyncio.run(held(it, classifier, *(run(it, seed) for seed in range(1, 6))))
+    assert classifier.batches == [[0], [1, 2, 3, 4, 5]]
+    assert classifier.stops == [None] * 6
+
+
+def test_a_batch_is_bounded_by_its_cost_and_the_oldest_job_always_goes() -> None:
+    with engine(classifier := Batched(), max_batch_cost=4.0, max_request_cost=100.0) as it:
+        later = [run(it, 1, 3.0), run(it, 2, 9.0), run(it, 3, 1.0), run(it, 4, 1.0)]
+        asyncio.run(held(it, classifier, *later))
+    assert classifier.batches == [[0], [1, 3], [2], [4]]  # 2 is too large for company, and is not passed over twice
+
+
+def test_a_batch_holds_no_more_than_a_quarter_of_a_second_of_measured_work() -> None:
+    clock = Clock()
+
+    class Timed(Batched):
+        def run(self, works: Sequence[Work]) -> list[Answer | Exception]:
+            clock.now += 1.0
+            return super().run(works)
+
+    with engine(classifier := Timed(), clock, max_request_cost=100.0) as it:
+        classifier.gate.set()
+        asyncio.run(run(it, 9, 40.0))  # 40 a second
+        classifier.gate.clear()
+        classifier.batches.clear()
+        asyncio.run(held(it, classifier, run(it, 1, 6.0), run(it, 2, 6.0), run(it, 3, 4.0)))
+    assert classifier.batches == [[0], [1], [2], [3]]  # one second for a cost of one has brought the rate down
+    assert it.rate is not None
+    assert it.rate * 0.25 < 6
+
+
+def test_max_batch_cost_of_one_means_one_request_at_a_time() -> None:
+    with engine(classifier := Batched(), max_batch_cost=1.0) as it:
+        asyncio.run(held(it, classifier, *(run(it, seed) for seed in range(1, 4))))
+    assert classifier.batches == [[0], [1], [2], [3]]
+
+
+def test_nobody_is_taken_along_whose_work_would_use_up_anothers_time() -> None:
+    async def one(it: Engine, seed: int, budget_s: float | None) -> Answer:
+        plan = dataclasses.replace(PLAN, seed=seed)
+        with it.place(1.0) as place:
+            return await it.submit(Job(place, [image(seed)], classes(), plan, FAR, budget_s=budget_s))
+
+    with engine(classifier := Batched()) as it:
+        classifier.takes = {1: 0.3, 2: 0.3, 3: 0.05, 4: 0.3}
+        work = [one(it, 1, 0.5), one(it, 2, None), one(it, 3, None), one(it, 4, None)]
+        asyncio.run(held(it, classifier, *work))
+    assert classifier.batches == [[0], [1, 3], [2, 4]]
+
+
+def test_a_moment_is_waited_for_requests_that_are_still_being_decoded() -> None:
+    async def decoded_later(it: Engine) -> Answer:
+        with it.place(1.0) as place:
+            await asyncio.sleep(0.02)
+            return await it.submit(Job(place, [image(2)], classes(), PLAN, FAR))
+
+    async def both(it: Engine) -> None:
+        await asyncio.gather(decoded_later(it), run(it, 1))
+
+    for patience, expected in ((5000.0, [[1, 2]]), (0.0, [[1], [2]])):
+        with engine(classifier := Batched(), batch_wait_ms=patience) as it:
+            classifier.gate.set()
+            asyncio.run(both(it))
+        assert classifier.batches == expected
+
+
+def test_one_that_is_waited_for_and_gives_up_is_waited_for_no_longer() -> None:
+    async def gives_up(it: Engine) -> None:
+        with it.place(1.0):
+            await asyncio.sleep(0.02)
+
+    async def both(it: Engine) -> None:
+        await asyncio.gather(gives_up(it), run(it, 1))
+
+    with engine(classifier := Batched(), batch_wait_ms=60_000.0) as it:
+        classifier.gate.set()
+        asyncio.run(asyncio.wait_for(both(it), 10))
+    assert classifier.batches == [[1]]
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OutOfMemory("full")])
+def test_a_batch_that_fails_as_a_whole_is_tried_one_by_one(error: Exception) -> None:
+    class Fragile(Batched):
+        def run(self, works: Sequence[Work]) -> list[Answer | Exception]:
+            made = super().run(works)
+            if any("bad" in work.classes.names for work in works):
+                raise error
+            return made
+
+    with engine(classifier := Fragile()) as it:
+        found = asyncio.run(held(it, classifier, run(it, 1), run(it, 2, 1.0, FAR, "bad", "dog"), run(it, 3)))
+        assert [isinstance(outcome, Answer) for outcome in found] == [True, True, False, True]
+        assert found[2] is error
+        assert it.ready
+        assert it.idle
+    assert classifier.batches == [[0], [1, 2, 3], [1], [2], [3]]
+
+
+def test_an_estimate_that_fails_costs_nobody_an_answer() -> None:
+    class Wild(Batched):
+        def seconds(self, *_: Any) -> float:
+            raise ZeroDivisionError
+
+        def fit(self, plan: Plan, *_: Any) -> Plan:
+            return plan
+
+    with engine(classifier := Wild()) as it:
+        found = asyncio.run(held(it, classifier, run(it, 1), run(it, 2)))
+        assert all(isinstance(outcome, Answer) for outcome in found)
+        assert it.ready
+
+
+def test_a_plan_that_can_not_be_fitted_fails_its_own_job_alone() -> None:
+    class Wild(Batched):
+        def fit(self, plan: Plan, images: int, classes: FakeClassSet, budget_s: float, why: str) -> Plan:
+            if "bad" in classes.names:
+                raise ZeroDivisionError
+            return super().fit(plan, images, classes, budget_s, why)
+
+    with engine(classifier := Wild()) as it:
+        found = asyncio.run(held(it, classifier, run(it, 1), run(it, 2, 1.0, FAR, "bad", "dog")))
+        assert [type(outcome) for outcome in found] == [Answer, Answer, ZeroDivisionError]
+        assert it.ready
+
+
+def test_a_job_whose_caller_has_gone_ends_at_its_next_step() -> None:
+    with engine(classifier := Batched()) as it:
+
+        async def leave() -> None:
+            task = asyncio.create_task(run(it, 1))
+            await asyncio.to_thread(until, lambda: classifier.batches, "it runs")
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            classifier.gate.set()
+
+        asyncio.run(leave())
+        until(lambda: it.idle, "it ended")
+    assert classifier.stops == ["deadline"]
+
+
+def test_time_and_budget_end_a_tuning_and_a_replay_has_no_budget() -> None:
+    clock = Clock()
+
+    class Late(Batched):
+        def run(self, works: Sequence[Work]) -> list[Answer | Exception]:
+            self.stops = [work.stop(seconds) for work in works for seconds in (0.0, 0.4)]
+            clock.now += 10.0
+            self.stops += [work.stop(0.0) for work in works]
+            return FakeClassifier.run(self, works)
+
+    async def one(it: Engine, exact: bool, deadline: float) -> None:
+        with it.place(1.0) as place:
+            await it.submit(Job(place, [image()], classes(), PLAN, deadline, budget_s=0.3, exact=exact))
+
+    with engine(classifier := Late(), clock) as it:
+        classifier.gate.set()
+        asyncio.run(one(it, False, FAR))
+        assert classifier.stops == [None, "budget", None]
+        asyncio.run(one(it, True, clock.now + 5.0))
+        assert classifier.stops == [None, None, "deadline"]
+
+
+def test_memory_that_runs_out_for_zero_shot_three_times_a_minute_is_a_broken_device() -> None:
+    clock = Clock()
+    with engine(FailingClassifier(OutOfMemory("full")), clock) as it:
+        for pause in (50.0, 50.0, 20.0, 20.0):
+            assert isinstance(together(run(it, 0, 1.0, FAR, "bad"))[0], OutOfMemory)
+            clock.now += pause
+        assert it.ready
+        together(run(it, 0, 1.0, FAR, "bad"))
+        until(lambda: it.failure, "the engine gives up")
+        assert isinstance(it.failure, DeviceError)
+
+
+def test_the_level_follows_the_queue_and_lets_go_late() -> None:
+    with engine(max_request_cost=100.0) as it:  # nothing was measured yet: 100 may wait
+        seen = []
+        with it.place(40.0):
+            seen.append(it.level)
+            with it.place(10.0):
+                seen.append(it.level)
+                with it.place(25.0):
+                    seen.append(it.level)
+                    with it.place(16.0):
+                        seen.append(it.level)
+                    seen.append(it.level)  # 75: below 90 - 10
+                seen.append(it.level)
+            seen.append(it.level)  # 40: not below 50 - 10
+        seen.append(it.level)
+        assert seen == [0, 1, 2, 3, 2, 1, 1, 0]
+    with engine(max_request_cost=100.0, brownout=()) as it, it.place(99.0):
+        assert it.level == 0
