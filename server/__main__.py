@@ -63,7 +63,7 @@ class Server(uvicorn.Server):
         service.engine.on_stall = self.engine_stalled
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """First signal: not ready from here on, and after GRAM_DRAIN_DELAY_S finish what was admitted. Second: leave."""
+        """First signal: not ready any more, and after GRAM_DRAIN_DELAY_S finish what was admitted. Second: leave."""
         if self.service.leaving:
             os._exit(128 + sig)
         self.service.leaving = True
@@ -94,7 +94,6 @@ class Server(uvicorn.Server):
         last.daemon = True
         last.start()
         self.should_exit = True
-
 
     def engine_stalled(self) -> None:
         """Called from the watchdog: a thread that is stuck in a driver can't be stopped, only the process can."""
@@ -137,6 +136,7 @@ def serve(app: FastAPI, settings: Settings, port: socket.socket) -> int:
     host, number = port.getsockname()[:2]
     if (keys := service.guard.keys) is not None:
         signal.signal(signal.SIGHUP, lambda *_: keys.reload())
+    port.listen(settings.max_connections)  # now, so that whoever reads the next line can connect
     log.info("listening", extra={"fields": {"host": host, "port": number}})
     server.run(sockets=[port])
     failure = service.engine.failure
