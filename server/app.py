@@ -205,6 +205,8 @@ class Service:
         call = Call(classifier, question, posted, exchange, lease, timeout_ms)
         try:
             return await self._classify(call)
+        except GramError as error:
+            raise from_core(error) from error
         except TimeoutError:  # the engine says the same of a job whose time is up when its turn comes
             self.metrics.rejected.labels("deadline").inc()
             raise ApiError("deadline_exceeded", f"no answer within {timeout_ms} ms (timeout_ms).") from None
@@ -348,8 +350,6 @@ class Service:
             if job.early is None or job.exact:
                 raise
             return job.early
-        except GramError as error:
-            raise from_core(error) from error
         finally:
             if job.future.running():  # the caller has gone, but the engine still holds these images
                 call.exchange.stage = "adapt"
