@@ -411,12 +411,10 @@ class Classifier:
                 if n not in failed:
                     cosines[n] = self._cosines(rows[n], self.texts.features(work.classes))
             clock.lap("image")
+            made: dict[int, list[ImageResult]] = {}
             for n, own in cosines.items():
-                if (early := works[n].early) is not None and works[n].plan.skip is None:
-                    with _failing(failed, n):
-                        results = self._untuned(rows[n], own, replace(works[n], explain=False), "deadline")
-                        cache = "hit" if cached[n] else "miss"
-                        early(Answer(tuple(results), cache, len(own), 0, dict(clock.laps)))
+                with _failing(failed, n):
+                    self._tell_early(works[n], rows[n], own, cached[n], clock, made, n)
             cosines = {n: own for n, own in cosines.items() if n not in failed}
             there = time.perf_counter()
             stops = [partial(_since, there, work.stop) for work in works]
@@ -426,9 +424,8 @@ class Classifier:
             seen, stopped = self._look(works, rows, {n: stops[n] for n in cosines}, fallen)
             tasks = {n: Task(s, cosines[n], works[n].classes, works[n].plan, stops[n]) for n, s in seen.items()}
             tuned = self._tuned(tasks, fallen)
-            made: dict[int, list[ImageResult]] = {}
             for n, work in enumerate(works):
-                if n in failed:
+                if n in failed or n in made:
                     continue
                 with _failing(failed, n):
                     if n in tuned:
@@ -436,12 +433,8 @@ class Classifier:
                     else:
                         made[n] = self._untuned(rows[n], cosines[n], work, stopped.get(n), fallen.get(n))
             clock.lap("adapt")
-            if (
-                not failed
-                and not fallen
-                and not stopped
-                and not any(o.stopped for own in tuned.values() for o, _ in own)
-            ):
+            cut_short = stopped or any(outcome.stopped for own in tuned.values() for outcome, _ in own)
+            if not (failed or fallen or cut_short):
                 self.pace.correct(predicted, clock.laps["adapt"] / 1000)
         answers: list[Answer | Exception] = []
         for n, work in enumerate(works):
@@ -454,6 +447,28 @@ class Classifier:
             cache = "hit" if cached[n] else "miss"
             answers.append(Answer(tuple(made[n]), cache, len(work.images) * views_, texts, dict(clock.laps)))
         return answers
+
+    def _tell_early(
+        self,
+        work: Work,
+        originals: Tensor,
+        cosines: Tensor,
+        cached: bool,
+        clock: _Clock,
+        made: dict[int, list[ImageResult]],
+        n: int,
+    ) -> None:
+        """Zero-shot: all there will be of a work that is not tuned, else what to say if time runs out."""
+        final = work.plan.skip is not None
+        if not final and work.early is None:
+            return
+        results = self._untuned(originals, cosines, work if final else replace(work, explain=False), "deadline")
+        if final:
+            made[n] = results
+        if work.early is not None:
+            texts = 0 if cached else work.classes.texts
+            laps = {**clock.laps, "adapt": 0.0}
+            work.early(Answer(tuple(results), "hit" if cached else "miss", len(results), texts, laps))
 
     def see(self, images: Sequence[Prepared], views: int, seed: int, scale: tuple[float, float]) -> Seen:
         """What the image tower says of `images`: one view is the original alone, the others are crops of `scale`.

@@ -87,8 +87,8 @@ class Work:
     """One request's part of a run: prepared images, a class set, and what to do with them.
 
     `stop` is asked before views are cut and before every step, with the seconds since zero-shot was there: why this
-    request's tuning must end now, or None. `early` is given the zero-shot answer as soon as it is there, if something
-    is to be tuned after it: what to answer when time runs out in the middle of a step.
+    request's tuning must end now, or None. `early` is given the zero-shot answer as soon as it is there: all there will
+    be where the plan tunes nothing, else what to answer when time runs out in the middle of a step.
     """
 
     images: Sequence[Any]

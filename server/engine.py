@@ -446,6 +446,9 @@ class Engine:
 
         def early(answer: Answer) -> None:
             job.early = answer
+            if plan.skip is not None:  # that is all: nobody waits for the tunings of others
+                job.images = ()
+                _settle(job, answer)
 
         job.plan = plan
         return Work(job.images, job.classes, plan, job.explain, stop, early)

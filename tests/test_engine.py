@@ -569,3 +569,37 @@ def test_the_level_follows_the_queue_and_lets_go_late() -> None:
         assert seen == [0, 1, 2, 3, 2, 1, 1, 0]
     with engine(max_request_cost=100.0, brownout=()) as it, it.place(99.0):
         assert it.level == 0
+
+
+def test_whoever_is_not_tuned_does_not_wait_for_those_who_are() -> None:
+    tuned_now = threading.Event()
+
+    class Mixed(Batched):
+        def run(self, works: Sequence[Work]) -> list[Answer | Exception]:
+            made = super().run(works)
+            for work, answer in zip(works, made, strict=True):
+                if work.plan.skip is not None and work.early is not None and isinstance(answer, Answer):
+                    work.early(answer)
+            assert len(works) == 1 or tuned_now.wait(10)
+            return made
+
+    async def tuned(it: Engine) -> Answer:
+        with it.place(1.0) as place:
+            return await it.submit(Job(place, [image(1)], classes(), dataclasses.replace(PLAN, skip=None), FAR))
+
+    async def both(it: Engine) -> None:
+        first = asyncio.create_task(run(it, 0))
+        await asyncio.to_thread(until, lambda: classifier.batches, "the first job runs")
+        slow, plain = asyncio.create_task(tuned(it)), asyncio.create_task(run(it, 2))
+        await asyncio.sleep(0)
+        classifier.gate.set()
+        await first
+        assert isinstance(await asyncio.wait_for(plain, 10), Answer)
+        assert not slow.done()
+        tuned_now.set()
+        assert isinstance(await slow, Answer)
+
+    with engine(classifier := Mixed()) as it:
+        asyncio.run(both(it))
+        assert classifier.batches == [[0], [1, 2]]
+        until(lambda: it.idle, "nothing is left")
