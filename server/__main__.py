@@ -7,16 +7,13 @@ stderr says why.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
@@ -25,6 +22,7 @@ from fastapi import FastAPI
 
 from gram_core.errors import DeviceError, GramError, WeightsChanged
 from server.app import Service, create_app
+from server.logs import last_words, log_to_stderr
 from server.settings import InvalidSettings, Settings, read_settings, usage
 from server.wire import http_config
 
@@ -33,22 +31,6 @@ DEVICE_FAILED, STALLED, WEIGHTS_CHANGED, ABANDONED = 80, 81, 82, 83
 LAST_RESORT_S = 2.0  # a process whose device is broken may hang on its way out
 
 log = logging.getLogger("server")
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object per line, whatever the message holds."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The record as one line."""
-        line = {
-            "time": _stamp(record.created),
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=repr)
 
 
 class Server(uvicorn.Server):
@@ -98,7 +80,7 @@ class Server(uvicorn.Server):
     def engine_stalled(self) -> None:
         """Called from the watchdog: a thread that is stuck in a driver can't be stopped, only the process can."""
         seconds = self.service.settings.stall_s
-        _refuse(STALLED, f"the engine showed no life for {seconds:g} s (GRAM_STALL_S)")
+        last_words(STALLED, f"the engine showed no life for {seconds:g} s (GRAM_STALL_S)")
         sys.stderr.flush()
         os._exit(STALLED)
 
@@ -111,21 +93,21 @@ def main(argv: Sequence[str]) -> int:
     try:
         settings = read_settings(argv)
     except InvalidSettings as error:
-        return _refuse(BAD_SETTINGS, str(error))
-    log_to_stderr(settings.log_level)
+        return last_words(BAD_SETTINGS, str(error))
+    log_to_stderr(settings.log_level, settings.log_format)
     try:
         port = _bind(settings)
     except OSError as error:
-        return _refuse(NO_PORT, f"can't listen on {settings.host}:{settings.port}: {error.strerror}")
+        return last_words(NO_PORT, f"can't listen on {settings.host}:{settings.port}: {error.strerror}")
     with port:
         try:
             _fetch(settings)
         except GramError as error:
-            return _refuse(BAD_MODEL, error.message)
+            return last_words(BAD_MODEL, error.message)
         try:
             app = create_app(settings)
         except InvalidSettings as error:  # what a setting names can't be used
-            return _refuse(BAD_SETTINGS, str(error))
+            return last_words(BAD_SETTINGS, str(error))
         return serve(app, settings, port)
 
 
@@ -141,10 +123,10 @@ def serve(app: FastAPI, settings: Settings, port: socket.socket) -> int:
     server.run(sockets=[port])
     failure = service.engine.failure
     if server.code != OK:
-        last_words = "the engine ended; its traceback is above"
-        return _refuse(server.code, failure.message if isinstance(failure, GramError) else last_words)
+        otherwise = "the engine ended; its traceback is above"
+        return last_words(server.code, failure.message if isinstance(failure, GramError) else otherwise)
     if not service.engine.idle:
-        return _refuse(ABANDONED, f"work was still unfinished after {settings.drain_s} s (GRAM_DRAIN_S)")
+        return last_words(ABANDONED, f"work was still unfinished after {settings.drain_s} s (GRAM_DRAIN_S)")
     log.info("stopped", extra={"fields": {"code": OK}})
     return OK
 
@@ -165,27 +147,6 @@ def _fetch(settings: Settings) -> None:
     from gram_core.backbone import fetch
 
     fetch(settings.model, settings.model_dir, settings.offline)
-
-
-def log_to_stderr(level: str) -> None:
-    """JSON lines from here on."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)  # other libraries' news can wait
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every bad form
-    for ours in ("server", "gram_core"):
-        logging.getLogger(ours).setLevel(level.upper())
-
-
-def _refuse(code: int, message: str) -> int:
-    """The last line: why the process ends."""
-    line = {"time": _stamp(time.time()), "level": "critical", "event": message, "code": code}
-    sys.stderr.write(json.dumps(line) + "\n")
-    return code
-
-
-def _stamp(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_words)] = ()
     trusted_proxies: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_words)] = ()
     rate_cost: NonNegativeFloat = 0.0  # cost a second for each key; 0: no limit
+    log_format: Literal["json", "text"] = "json"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="after")
@@ -174,8 +175,21 @@ def read_settings(argv: Sequence[str]) -> Settings:
 
 def usage() -> str:
     """What `--help` prints."""
-    rows = [f"  --{name.replace('_', '-'):<22} {field.default}" for name, field in Settings.model_fields.items()]
+    rows = [f"  --{name.replace('_', '-'):<22} {shown(field.default)}" for name, field in Settings.model_fields.items()]
     return "python -m server [--NAME VALUE ...]; every flag is also a GRAM_NAME variable.\n\n" + "\n".join(rows) + "\n"
+
+
+def shown(default: object) -> str:
+    """A default as one would write it: what `--help` and docs/settings.md say."""
+    if default is None or default == ():
+        return "unset"
+    if isinstance(default, tuple):
+        return ",".join(map(str, default))
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, Path) and default.is_relative_to(Path.home()):
+        return f"~/{default.relative_to(Path.home())}"
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
 def _flags(argv: Sequence[str]) -> dict[str, str]:

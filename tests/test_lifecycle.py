@@ -113,7 +113,7 @@ def test_a_port_in_use_exits_69_with_one_line(start: Callable[..., Process]) -> 
 def test_a_model_that_cannot_be_had_exits_65_before_the_server_listens(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("server.__main__.log_to_stderr", lambda _: None)
+    monkeypatch.setattr("server.__main__.log_to_stderr", lambda *_: None)
     monkeypatch.setattr("server.__main__.serve", lambda *_: pytest.fail("it listens"))
     code = main(["--port", "0", "--model", model, "--model-dir", str(tmp_path), "--offline"])
     last = json.loads(capsys.readouterr().err.splitlines()[-1])

@@ -194,7 +194,7 @@ class Never:
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Start with flags and end with 65; what its only line says."""
-    monkeypatch.setattr("server.__main__.log_to_stderr", lambda _: None)
+    monkeypatch.setattr("server.__main__.log_to_stderr", lambda *_: None)
     monkeypatch.setattr(threading, "Timer", Never)
 
     def start(*flags: str) -> str:
