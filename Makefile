@@ -35,7 +35,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/throughput.py
 
 lock: $(READY)
-	$(BIN)/uv pip compile $(LOCK) --extra demo --extra evaluate --extra dev pyproject.toml -o requirements/lock.txt
+	$(BIN)/uv pip compile $(LOCK) --extra demo --extra evaluate --extra otel --extra dev pyproject.toml -o requirements/lock.txt
 	echo uv | $(BIN)/uv pip compile $(LOCK) - -o requirements/uv.txt
 
 audit: $(READY)

@@ -55,6 +55,7 @@ from server.schemas import (
     read_json,
 )
 from server.settings import BYTES_PER_PIXEL, Settings
+from server.telemetry import tracing_of
 
 SMALL = 32_768  # bodies up to this many bytes are parsed on the spot
 ABANDON_S = 1.0
@@ -118,6 +119,7 @@ def create_app(
         metrics=service.metrics,
         paths=frozenset(route.path for route in app.routes if hasattr(route, "path")),
         model=service.model_tag,
+        tracing=service.tracing,
     )
     return app
 
@@ -158,6 +160,7 @@ class Service:
         self.started = time.time()
         self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
         self._desk = ThreadPoolExecutor(2, "desk")  # parsing and formatting, never behind a slow decode
+        self.tracing = tracing_of(settings.otlp_endpoint)
 
     @asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -172,6 +175,8 @@ class Service:
             await asyncio.to_thread(self.engine.stop, ABANDON_S)  # the web server has waited for requests already
             self._decoders.shutdown(wait=False, cancel_futures=True)
             self._desk.shutdown(wait=False, cancel_futures=True)
+            if self.tracing is not None:
+                await asyncio.to_thread(self.tracing.stop)
 
     def model_tag(self) -> str | None:
         """Twelve digits that tell one model from another."""

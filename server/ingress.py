@@ -20,13 +20,15 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.auth import Guard
+from server.auth import PROBES, SCRAPE, Guard
 from server.errors import CLIENT_GONE, ApiError, ClientGone, internal
 from server.metrics import Metrics
 from server.settings import Settings
+from server.telemetry import Finished, Tracing, traceparent
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 CHUNK = 65_536
+UNTRACED = frozenset({*PROBES, SCRAPE})  # machines ask them all day
 
 log = logging.getLogger("server.request")
 T = TypeVar("T")
@@ -42,6 +44,8 @@ class Exchange:
     timings_ms: dict[str, float] = field(default_factory=dict)
     body_read: bool = False
     owner: str | None = None  # of the key
+    traceparent: str | None = None
+    error: str | None = None  # the code that it was refused with
 
     def elapsed_ms(self) -> float:
         """Since the request's headers arrived."""
@@ -66,6 +70,7 @@ class Ingress:
         metrics: Metrics,
         paths: frozenset[str],
         model: Callable[[], str | None],
+        tracing: Tracing | None = None,
     ) -> None:
         self.app = app
         self.settings = settings
@@ -73,6 +78,7 @@ class Ingress:
         self.metrics = metrics
         self.paths = paths
         self.model = model
+        self.tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request; every exception becomes an envelope here, and nowhere else."""
@@ -80,7 +86,7 @@ class Ingress:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        exchange = scope["gram.exchange"] = Exchange(_request_id(headers))
+        exchange = scope["gram.exchange"] = Exchange(_request_id(headers), traceparent=traceparent(headers))
         route = scope["path"] if scope["path"] in self.paths else "other"
         status = CLIENT_GONE
         peer = (scope.get("client") or ("",))[0]
@@ -104,6 +110,7 @@ class Ingress:
             await send(message)
 
         async def refuse(error: ApiError) -> None:
+            exchange.error = error.code
             body = error.envelope(exchange.request_id)
             plain = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
             raw = [(name.encode(), value.encode()) for name, value in plain.items()]
@@ -138,16 +145,30 @@ class Ingress:
             self.metrics.inflight.dec()
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.request_seconds.labels(route).observe(exchange.elapsed_ms() / 1000)
-            fields = {
-                "request_id": exchange.request_id,
-                "method": scope["method"] if scope["method"] in ("GET", "HEAD", "POST") else "other",
-                "route": route,
-                "status": status,
-                "stage": exchange.stage,
-                "ms": round(exchange.elapsed_ms(), 1),
-            }
-            level = logging.INFO if fields["method"] == "POST" else logging.DEBUG  # probes would drown the rest
-            log.log(level, "request", extra={"fields": fields})
+            self._tell(scope, exchange, route, status)
+
+    def _tell(self, scope: Scope, exchange: Exchange, route: str, status: int) -> None:
+        """One line in the log, and one span."""
+        ms = exchange.elapsed_ms()
+        method = scope["method"] if scope["method"] in ("GET", "HEAD", "POST") else "other"
+        fields = {
+            "request_id": exchange.request_id,
+            "method": method,
+            "route": route,
+            "status": status,
+            "stage": exchange.stage,
+            "ms": round(ms, 1),
+        }
+        if exchange.traceparent is not None:
+            fields["traceparent"] = exchange.traceparent
+        level = logging.INFO if method == "POST" else logging.DEBUG  # probes would drown the rest
+        log.log(level, "request", extra={"fields": fields})
+        if self.tracing is not None and scope["path"] not in UNTRACED:
+            stages = {stage: took for stage, took in exchange.timings_ms.items() if stage != "total"}
+            done = Finished(
+                method, route, status, exchange.request_id, ms, exchange.error, exchange.traceparent, stages
+            )
+            self.tracing.record(done)
 
 
 class Budget:

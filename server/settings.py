@@ -58,6 +58,7 @@ def _network(value: str) -> str:
 
 
 Origin = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9._\-\[\]:]+$")]
+Endpoint = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9._\-\[\]:]+(/[A-Za-z0-9._~/\-]*)?$")]
 Network = Annotated[str, AfterValidator(_network)]
 
 
@@ -129,6 +130,7 @@ class Settings(BaseSettings):
     rate_cost: NonNegativeFloat = 0.0  # cost a second for each key; 0: no limit
     log_format: Literal["json", "text"] = "json"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    otlp_endpoint: Endpoint | None = None  # None: no traces
 
     @model_validator(mode="after")
     def limits_agree(self) -> Settings:

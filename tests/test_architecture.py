@@ -135,7 +135,7 @@ def test_every_locked_requirement_is_exact_and_hashed_and_names_no_host(name: st
 def test_the_lock_file_holds_every_dependency_of_the_project() -> None:
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["demo"], *extras["dev"]]
+    wanted = [*project["dependencies"], *extras["demo"], *extras["otel"], *extras["dev"]]
     locked = set(re.findall(r"^([a-z0-9.-]+)==", (ROOT / "requirements" / "lock.txt").read_text(), re.MULTILINE))
     names = {re.split(r"[\[<>=~!; ]", line)[0].lower().replace("_", "-") for line in wanted}
     assert names <= locked
