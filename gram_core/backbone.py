@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ ASSETS = Path(__file__).parent / "assets"
 DEFAULT_MODEL_DIR = Path("~/.cache/gram")
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
+SUMS = "SHA256SUMS"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -258,6 +260,28 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_sums(folder: Path) -> int:
+    """Hold the files of a folder to its SHA256SUMS; how many there are, 0 where the folder has no such list.
+
+    Raises ModelUnavailable, naming the first file that is missing or not what the list says.
+    """
+    sums = folder / SUMS
+    if not sums.is_file():
+        return 0
+    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        match = re.fullmatch(r"([0-9a-f]{64})  ([^/\\]+)", line)
+        if match is None:
+            raise ModelUnavailable(f"line {number} of {SUMS} is not a hash, two spaces and a file's name; restore it.")
+        digest, name = match.groups()
+        if not (folder / name).is_file() or file_sha256(folder / name) != digest:
+            raise ModelUnavailable(
+                f"{name} in the model's folder is missing or is not what {SUMS} there says. Restore it, or write "
+                f"{SUMS} again if you changed it yourself."
+            )
+    return len(lines)
+
+
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes and values of every tensor of the loaded model, floats as float32.
 
@@ -461,6 +485,22 @@ def load(
     return Backbone(network, tokenizer, name=files.name, weights_sha256=found, device=chosen, bf16=bf16)
 
 
+class Reference:
+    """A model's zero-shot classifier through open_clip alone, in float32 on the CPU: what ours is held to."""
+
+    def __init__(self, model: str = "gram-mini", model_dir: Path | None = None) -> None:
+        files = locate(model, model_dir)
+        self._network = _build(files).eval().requires_grad_(False)
+        self._tokenizer = open_clip.get_tokenizer(f"local-dir:{files.folder}")
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Unit-norm features (M, D) of preprocessed pixels and (K, D) of texts."""
+        network: Any = self._network  # torch types a module's methods as Tensor | Module
+        images, words = network.encode_image(pixels), network.encode_text(self._tokenizer(list(texts)))
+        return F.normalize(images, dim=-1), F.normalize(words, dim=-1)
+
+
 def choose_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` as a torch device; raises ModelUnavailable when it is not there."""
     if name == "auto":
@@ -471,6 +511,8 @@ def choose_device(name: str) -> torch.device:
         raise ModelUnavailable(f"no device {name!r}; choose auto, cpu, cuda or cuda:N.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelUnavailable("GRAM_DEVICE asks for CUDA, but torch finds no CUDA device. Use cpu or auto.")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ModelUnavailable(f"no device {name!r}; torch finds {count} CUDA devices, counted from 0.")
     if device.type not in ("cpu", "cuda"):
         raise ModelUnavailable(f"no device {name!r}; choose auto, cpu, cuda or cuda:N.")
     return device

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -28,6 +30,7 @@ from server.wire import http_config
 
 OK, BAD_SETTINGS, BAD_MODEL, NO_PORT, ENGINE_ENDED = 0, 64, 65, 69, 70
 DEVICE_FAILED, STALLED, WEIGHTS_CHANGED, ABANDONED = 80, 81, 82, 83
+SPARE_FILES = 256  # beside connections: the model, the log, the pools
 LAST_RESORT_S = 2.0  # a process whose device is broken may hang on its way out
 
 log = logging.getLogger("server")
@@ -95,8 +98,9 @@ def main(argv: Sequence[str]) -> int:
     except InvalidSettings as error:
         return last_words(BAD_SETTINGS, str(error))
     log_to_stderr(settings.log_level, settings.log_format)
+    _allow_files(settings)
     try:
-        port = _bind(settings)
+        port = bind(settings)
     except OSError as error:
         return last_words(NO_PORT, f"can't listen on {settings.host}:{settings.port}: {error.strerror}")
     with port:
@@ -131,14 +135,29 @@ def serve(app: FastAPI, settings: Settings, port: socket.socket) -> int:
     return OK
 
 
-def _bind(settings: Settings) -> socket.socket:
+def bind(settings: Settings) -> socket.socket:
+    """Take the address; raises OSError where that can't be."""
     family, kind, protocol, _, address = socket.getaddrinfo(
         settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
     port = socket.socket(family, kind, protocol)
-    port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    port.bind(address)
+    try:
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        port.bind(address)
+    except OSError:
+        port.close()
+        raise
     return port
+
+
+def _allow_files(settings: Settings) -> None:
+    """As many open files as the connections need, where the system lets us: most start a process with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = settings.max_connections + SPARE_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _fetch(settings: Settings) -> None:
@@ -149,8 +168,13 @@ def _fetch(settings: Settings) -> None:
     fetch(settings.model, settings.model_dir, settings.offline)
 
 
-if __name__ == "__main__":
-    code = main(sys.argv[1:])
+def run(argv: Sequence[str]) -> NoReturn:
+    """`main`, and the end of the process: the engine's thread may still be loading, or be stuck in a driver."""
+    code = main(argv)
     logging.shutdown()
     sys.stderr.flush()
-    os._exit(code)  # the engine's thread may still be loading, or stuck in a driver
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

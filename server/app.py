@@ -81,7 +81,7 @@ def create_app(
         raise ValueError("Use either 'classifier' or 'load', not both.")
     if classifier is not None:
         load = lambda: classifier  # noqa: E731
-    service = Service(settings, load or (lambda: _load(settings)))
+    service = Service(settings, load or (lambda: load_classifier(settings)))
     app = FastAPI(
         title="GRAM",
         version=__version__,
@@ -446,9 +446,12 @@ class Service:
         return Response(self.metrics.render(), media_type=CONTENT_TYPE)
 
 
-def _load(settings: Settings) -> Classifier:
-    from gram_core.classifier import Classifier as Loaded  # torch, and only here
+def load_classifier(settings: Settings) -> Classifier:
+    """What the settings name, its files held to the SHA256SUMS beside them, if any; raises GramError."""
+    from gram_core.backbone import check_sums, locate  # torch, and only here
+    from gram_core.classifier import Classifier as Loaded
 
+    check_sums(locate(settings.model, settings.model_dir).folder)
     return Loaded.load(
         settings.model,
         device=settings.device,

@@ -82,12 +82,17 @@ def read_keys(file: Path) -> dict[str, str]:
             continue
         match = LINE.fullmatch(text)
         if match is None:
-            raise InvalidSettings(f"GRAM_API_KEYS_FILE, line {number}: expected name:sha256-hex (docs/operations.md).")
+            raise InvalidSettings(
+                f"GRAM_API_KEYS_FILE, line {number}: expected name:sha256-hex, as gram doctor --new-key prints."
+            )
         if match[1] in entries:
             raise InvalidSettings(f"GRAM_API_KEYS_FILE, line {number}: this name is there already.")
         entries[match[1]] = match[2]
     if not entries:
-        raise InvalidSettings("GRAM_API_KEYS_FILE holds no key; leave the setting out to serve without keys.")
+        raise InvalidSettings(
+            "GRAM_API_KEYS_FILE holds no key: gram doctor --new-key NAME makes one. Leave the setting out to serve "
+            "without keys."
+        )
     return entries
 
 

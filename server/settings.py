@@ -66,6 +66,10 @@ class InvalidSettings(ValueError):
     """A setting that can't be used; the message is one line for the operator."""
 
 
+class UnknownFlag(InvalidSettings):
+    """A flag that is none, is given twice, or has no value."""
+
+
 class Settings(BaseSettings):
     """The server's settings; each is `GRAM_NAME` in the environment and `--name` on the command line."""
 
@@ -178,7 +182,11 @@ def read_settings(argv: Sequence[str]) -> Settings:
 def usage() -> str:
     """What `--help` prints."""
     rows = [f"  --{name.replace('_', '-'):<22} {shown(field.default)}" for name, field in Settings.model_fields.items()]
-    return "python -m server [--NAME VALUE ...]; every flag is also a GRAM_NAME variable.\n\n" + "\n".join(rows) + "\n"
+    return (
+        "gram serve [--NAME VALUE ...] or python -m server; every flag is also a GRAM_NAME variable.\n\n"
+        + "\n".join(rows)
+        + "\n"
+    )
 
 
 def shown(default: object) -> str:
@@ -201,14 +209,14 @@ def _flags(argv: Sequence[str]) -> dict[str, str]:
     while rest:
         flag, given, value = rest.pop(0).partition("=")
         if flag not in flags:
-            raise InvalidSettings(f"unknown flag {flag}{_nearest(flag, flags)}")
+            raise UnknownFlag(f"unknown flag {flag}{_nearest(flag, flags)}")
         if flags[flag] in values:
-            raise InvalidSettings(f"{flag} is given twice")
+            raise UnknownFlag(f"{flag} is given twice")
         if not given and bool in (kind := Settings.model_fields[flags[flag]].annotation, *get_args(kind)):
             value = "true"  # --offline
         elif not given:
             if not rest:
-                raise InvalidSettings(f"{flag} needs a value")
+                raise UnknownFlag(f"{flag} needs a value")
             value = rest.pop(0)
         values[flags[flag]] = value
     return values
