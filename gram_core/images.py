@@ -28,6 +28,7 @@ __all__ = ["PILLOW_MAX_PIXELS", "DecodedImage", "ImageHeader", "ImageLimits", "d
 PILLOW_MAX_PIXELS: Final = 80_000_000  # Pillow's process-wide fence, behind our own lower ones
 MAX_SEGMENTS: Final = 1024  # of a JPEG, or of a PNG's metadata: Pillow reads each of them in Python
 MAX_DATA_CHUNKS: Final = 65536  # of a PNG: the busiest encoders write one per row
+PIECE: Final = 65536  # bytes searched in one call, which holds the interpreter: 16 MiB of fill bytes take 0.4 s
 
 _DAMAGED = "can't be decoded: it is damaged, cut off or of an unsupported kind. Save it again and send that."
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -172,7 +173,7 @@ def _walk_jpeg(data: bytes, max_scans: int) -> ImageHeader:
     sizes: list[tuple[int, int]] = []
     exif: bytes | None = None
     unneeded: list[tuple[int, int]] = []
-    while match := _JPEG_MARKER.search(data, at):
+    while match := _next_marker(data, at):
         code, start, body = match[1][0], match.start(), match.end() + 2
         length = int.from_bytes(data[match.end() : body], "big")
         if code in (_SOI, _EOI) or length < 2:  # the decoder goes no further either: only EOI is no error
@@ -197,6 +198,14 @@ def _walk_jpeg(data: bytes, max_scans: int) -> ImageHeader:
         raise InvalidImage(_DAMAGED)
     ((height, width),) = sizes
     return ImageHeader(width=width, height=height, format="jpeg", exif=exif, unneeded=tuple(unneeded))
+
+
+def _next_marker(data: bytes, at: int) -> re.Match[bytes] | None:
+    while at < len(data):
+        if (match := _JPEG_MARKER.search(data, at, at + PIECE)) is not None:
+            return match
+        at += PIECE - 1  # a marker has two bytes
+    return None
 
 
 def _walk_png(data: bytes) -> ImageHeader:
@@ -260,9 +269,11 @@ def _on_white(image: Image.Image, *, depth: int) -> tuple[Image.Image, bool]:
     key = image.info.pop("transparency", None)
     if image.mode == "I;16":
         samples = np.asarray(image)
-        clear = samples == key
-        grey = np.where(clear, 255, samples >> 8).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB"), bool(clear.any())
+        grey = (samples >> 8).astype(np.uint8)
+        clear = isinstance(key, int) and bool((samples == key).any())  # numpy compares with None one by one
+        if clear:
+            grey[samples == key] = 255
+        return Image.fromarray(grey).convert("RGB"), clear
     if image.mode == "L" and isinstance(key, int):
         top = 2**depth - 1
         key = (key & top) * 255 // top  # Pillow scales the samples to 8 bits, but not the key

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from server.errors import ApiError
 from server.ingress import split_multipart
-from server.schemas import MAX_JSON_VALUES, Adaptation, ClassifyRequest, ask, question_of, read_json
+from server.schemas import MAX_JSON_LISTS, MAX_JSON_VALUES, Adaptation, ClassifyRequest, ask, question_of, read_json
 from server.settings import Settings
 from tests.server_fixtures import Live, answered, b64, body, code, live, png
 from tests.zoo import MEDIA_TYPES, Member, zoo
@@ -101,6 +101,9 @@ FIELDS: dict[str, tuple[dict[str, Any], int, str, str | None]] = {
     "image_url": ({"images": [f"https://{SECRET}/a.png"]}, 422, "url_input_unsupported", "images.0"),
     "image_file_url": ({"images": [f"FILE:///{SECRET}"]}, 422, "url_input_unsupported", "images.0"),
     "image_scheme_relative": ({"images": [f"//{SECRET}/a.png"]}, 422, "url_input_unsupported", "images.0"),
+    "image_scheme_of_64_letters": ({"images": ["x" * 64 + ":" + SECRET]}, 422, "url_input_unsupported", "images.0"),
+    # What is longer is no scheme: looking for its end would search through all of an image's base64.
+    "image_scheme_of_65_letters": ({"images": ["x" * 65 + ":" + SECRET]}, 400, "invalid_base64", "images.0"),
     "image_url_key": ({"images": [{"url": SECRET}]}, 422, "url_input_unsupported", "images.0"),
     "65_images": ({"images": ["AAAA"] * 65}, 413, "too_many_images", "images"),
     "base64_garbage": ({"images": ["not base64!"]}, 400, "invalid_base64", "images.0"),
@@ -228,10 +231,14 @@ JSON_BODIES: dict[str, tuple[bytes, int, str]] = {
     "infinity": (GOOD.encode()[:-1] + b', "top_k": -Infinity}', 400, "malformed_body"),
     "overflowing_float": (GOOD.encode()[:-1] + b', "top_k": 1e999}', 422, "invalid_request"),
     "integer_of_10_kB": (GOOD.encode()[:-1] + b', "top_k": ' + b"9" * 10_000 + b"}", 400, "malformed_body"),
-    "integer_of_4_kB": (GOOD.encode()[:-1] + b', "top_k": ' + b"9" * 4000 + b"}", 422, "invalid_request"),
+    "integer_of_64_digits": (GOOD.encode()[:-1] + b', "top_k": ' + b"9" * 64 + b"}", 422, "invalid_request"),
+    "integer_of_65_digits": (GOOD.encode()[:-1] + b', "top_k": ' + b"9" * 65 + b"}", 400, "malformed_body"),
+    "number_of_65_digits": (GOOD.encode()[:-1] + b', "top_k": 0.' + b"9" * 63 + b"}", 400, "malformed_body"),
     "100k_nested_arrays": (b"[" * 100_000 + b"]" * 100_000, 400, "malformed_body"),
     "100k_nested_objects": (b'{"a":' * 100_000, 400, "malformed_body"),
-    "too_many_values": (b"[" + b"[]," * MAX_JSON_VALUES + b"[]]", 400, "malformed_body"),
+    "too_many_values": (b"[" + b"1," * MAX_JSON_VALUES + b"1]", 400, "malformed_body"),
+    "too_many_lists": (b"[" + b"[]," * MAX_JSON_LISTS + b"[]]", 400, "malformed_body"),
+    "a_key_that_is_no_text": (GOOD.encode()[:-1] + rb', "\ud800": 1}', 422, "invalid_request"),
     "a_huge_key": (b'{"' + b"adaptation" * 500_000 + b'": 1}', 422, "invalid_request"),
     "100k_unknown_fields": (json.dumps({f"k{n}": n for n in range(100_000)}).encode(), 422, "invalid_request"),
     "100k_unknown_options": (
