@@ -215,7 +215,10 @@ def declared_length(headers: Headers, limit: int) -> int | None:
     """The Content-Length, or None if the body is chunked; 413 above `limit`, before anything is read."""
     declared = headers.get("content-length")
     if declared is None:
-        return None if "transfer-encoding" in headers else 0
+        coding = headers.get("transfer-encoding")
+        if coding is not None and coding.strip().lower() != "chunked":  # the parser looks at the last one alone
+            raise ApiError("unsupported_media_type", "no transfer encoding but chunked is supported.")
+        return None if coding is not None else 0
     if not (declared.isascii() and declared.isdigit()):
         raise ApiError("malformed_body", "Content-Length is not a number.")
     if len(declared) > 18 or int(declared) > limit:
