@@ -21,14 +21,10 @@ import httpx
 
 from server.answers import ErrorAnswer
 from server.errors import STATUS
-from tests.server_fixtures import PATIENCE_S, Live, until
+from tests.server_fixtures import LEAKS, PATIENCE_S, Live, until
 
 ROOT = Path(__file__).parents[1]
 LIVEZ = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n"
-# What an answer must never hold: addresses of memory, paths, names of files of code, tracebacks.
-LEAKS = re.compile(
-    rb"0x[0-9a-f]{6,}|Traceback|\.py\b|(?<![\w./])/(?:usr|home|tmp|root|etc|opt|work)/|<_?\w+\.\w+ object"
-)
 MOST_STALL_S = 2.0  # milliseconds in fact; benchmarks/ingress.py has the figures
 BETWEEN_PROBES_S = 0.02
 AT_REST = {"requests_inflight": 1.0, "ingress_bytes": 0.0, "queue_requests": 0.0, "queue_cost": 0.0}  # 1: the scrape

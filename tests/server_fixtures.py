@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import socket
 import threading
 import time
@@ -29,6 +30,8 @@ from server.settings import Settings
 from server.wire import http_config
 
 PATIENCE_S = 10.0  # for things that take milliseconds; only a bug waits this long
+# What no error may hold: addresses of memory, paths, files of code, tracebacks, objects (vLLM CVE-2026-22778).
+LEAKS = re.compile(rb"0x[0-9a-f]{6,}|Traceback|\.py\b|(?<![\w./:])/\w+/\w|<_?\w+\.\w+ object")
 
 
 def until(fact: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> None:
@@ -170,6 +173,7 @@ def answered(response: httpx.Response) -> httpx.Response:
     error = ErrorAnswer.model_validate_json(response.content).error
     assert response.headers["content-type"] == "application/json"
     assert len(response.content) <= 4096
+    assert not LEAKS.search(response.content), response.text
     assert STATUS[error.code] == response.status_code
     assert error.request_id == response.headers["x-request-id"]
     assert error.retryable == (response.status_code in (408, 429, 503, 504))

@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save
 
 from tests import zoo
-from tests.apart_fixtures import LEAKS, PROGRAM, Apart, apart, talk
+from tests.apart_fixtures import PROGRAM, Apart, apart, talk
 from tests.server_fixtures import Live, answered, b64, body, live, png, until
 
 WATCHED = (
@@ -211,7 +211,6 @@ def ask_everything(server: Apart, port: int, marker: Path) -> int:
         asked += 1
         response = answered(post(**request))
         assert response.status_code in expected, (request, response.text)
-        assert not LEAKS.search(response.content) or response.status_code == 200
         assert str(port) not in response.text or response.status_code == 200
         return response
 
