@@ -17,10 +17,14 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from server.errors import ApiError
 from server.settings import Settings
 
+MAX_PIPELINED = 100  # requests behind the one that is being answered; all in one read would hold the loop
+MAX_TINY_CHUNKS = 4096  # of a body; the others must have TINY bytes on average: likewise
+TINY = 64
+
 log = logging.getLogger("server.wire")
 
 
-class HeaderTooLong(Exception):
+class HungUp(Exception):
     """Raised inside the parser, which ends the connection."""
 
 
@@ -34,6 +38,8 @@ class Protocol(HttpToolsProtocol):
         self._heading = True  # between requests, or inside a header
         self._fed = 0  # bytes since a header or a piece of a body was complete: the parser holds them
         self._listed = 0  # bytes of its lines
+        self._chunks = 0  # of the body so far
+        self._chunked = 0  # bytes in them
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -75,13 +81,23 @@ class Protocol(HttpToolsProtocol):
         """From here on the app bounds what arrives."""
         super().on_headers_complete()
         self._heading, self._fed, self._listed = False, 0, 0
+        self._chunks = self._chunked = 0
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+        if len(self.pipeline) > MAX_PIPELINED:
+            raise HungUp
+
+    def on_chunk_header(self) -> None:
+        """A body in crumbs costs as much time as a large one; bytes and seconds alone do not bound it."""
+        self._chunks += 1
+        if self._chunked < TINY * (self._chunks - MAX_TINY_CHUNKS):
+            raise HungUp
 
     def on_body(self, body: bytes) -> None:
         """What is not body from here on is a chunk's header or a trailer, as long as a header at most."""
         self._fed = 0
+        self._chunked += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -123,7 +139,7 @@ class Protocol(HttpToolsProtocol):
     def _count(self, size: int) -> None:
         self._listed += size
         if self._listed > self.limits.max_header_bytes:
-            raise HeaderTooLong
+            raise HungUp
 
     def _too_long(self) -> ApiError:
         return ApiError("malformed_body", f"the header has more than {self.limits.max_header_bytes} bytes.")
