@@ -81,27 +81,30 @@ def load(
 
 def _encoded(data: str | bytes, index: int, max_bytes: int) -> bytes:
     if isinstance(data, str):
-        if (url := DATA_URL.match(data)) is not None:
-            data = data[url.end() :]
-        data = data.replace("\r", "").replace("\n", "")
-        if len(data) // 4 * 3 - 2 <= max_bytes:
-            return _base64(data, index)
-    if isinstance(data, bytes) and len(data) <= max_bytes:
+        url = DATA_URL.match(data)
+        data = _base64(data, url.end() if url else 0, index, max_bytes)
+    if len(data) <= max_bytes:
         return data
     sentence = f"image {index} is larger than {max_bytes} bytes (GRAM_MAX_IMAGE_BYTES). Compress it."
     raise ApiError("image_too_large", sentence, param=f"images.{index}")
 
 
-def _base64(text: str, index: int) -> bytes:
-    pieces = []
+def _base64(text: str, start: int, index: int, max_bytes: int) -> bytes:
+    """The bytes of `text` from `start` on; of what is longer than `max_bytes` a little more than these."""
+    pieces, size, ended, rest = [], 0, False, b""
     try:
-        if len(text) % 4:
-            raise binascii.Error
-        for start in range(0, len(text), SLICE):
-            piece = text[start : start + SLICE].encode("ascii")
-            if start + SLICE < len(text) and b"=" in piece:
+        while start < len(text) and size <= max_bytes:
+            piece = rest + text[start : start + SLICE].encode("ascii").translate(None, b"\r\n")
+            start += SLICE
+            whole = len(piece) // 4 * 4
+            piece, rest = piece[:whole], piece[whole:]
+            if piece and ended:
                 raise binascii.Error
             pieces.append(binascii.a2b_base64(piece, strict_mode=True))
+            size += len(pieces[-1])
+            ended = ended or piece.endswith(b"=")
+        if rest and size <= max_bytes:
+            raise binascii.Error
     except ValueError:  # binascii.Error and UnicodeEncodeError are both
         sentence = f"image {index} is not base64: standard alphabet, with padding."
         raise ApiError("invalid_base64", sentence, param=f"images.{index}") from None

@@ -5,7 +5,9 @@ Raw sockets against a server in a process of its own. During every attack anothe
 
 from __future__ import annotations
 
+import binascii
 import json
+import random
 import resource
 import socket
 import threading
@@ -18,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from server import images
+from server.errors import ApiError
 from server.schemas import MAX_JSON_LISTS
 from tests import zoo
 from tests.apart_fixtures import LIVEZ, Answer, Apart, answers, apart, probed, push, talk, until_closed
@@ -487,6 +491,36 @@ def test_the_largest_base64_is_decoded_or_refused_within_bounds(server: Apart, c
     make, status, code = BASE64[name]
     with server.flat(6 * cap / MIB + ROOM):
         only(talk(server, request(quoted(make(cap // 2)))), status, code)
+
+
+def test_base64_in_slices_is_base64_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "SLICE", 8)
+
+    def whole(text: str) -> bytes | None:
+        joined = text.replace("\r", "").replace("\n", "")
+        try:
+            return binascii.a2b_base64(joined, strict_mode=True) if len(joined) % 4 == 0 else None
+        except binascii.Error:
+            return None
+
+    def sliced(text: str) -> bytes | None:
+        try:
+            return images._encoded(text, 0, 1000)
+        except ApiError as error:
+            return None if error.code == "invalid_base64" else b"?"
+
+    rng, fine = random.Random(0), 0
+    for _ in range(3000):
+        letters = list(b64(rng.randbytes(rng.randrange(40))))
+        for _ in range(rng.randrange(4)):
+            letters.insert(rng.randrange(len(letters) + 1), rng.choice(["\n", "\r\n", "\n", "=", "A", "-"]))
+        text = "".join(letters) + rng.choice(["", "", "\n" * 20, "="])
+        assert sliced(text) == whole(text), text
+        fine += whole(text) is not None
+    assert 1000 < fine < 2900
+    with pytest.raises(ApiError, match="larger than 1000 bytes"):
+        images._encoded(b64(bytes(1001)), 0, 1000)
+    assert images._encoded(b64(bytes(1000)), 0, 1000) == bytes(1000)
 
 
 # ---- many at once ----
