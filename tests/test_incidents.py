@@ -104,7 +104,9 @@ INCIDENTS: dict[str, tuple[str, ...]] = {
         "test_wire::test_a_header_beyond_its_cap_is_hung_up_on",
         "test_wire::test_a_header_that_drips_ends_the_connection",
     ),
-    "Triton CVE-2025-23310, -23311: tiny chunks": ("test_wire::test_tiny_chunks_do_not_hold_the_event_loop",),
+    "Triton CVE-2025-23310, -23311: tiny chunks": (
+        "test_wire::test_a_body_in_crumbs_is_hung_up_on_and_does_not_hold_the_event_loop",
+    ),
     "Starlette CVE-2026-48710, PYSEC-2026-248: a key asked for by the path of a URL": (
         "test_auth::test_no_spelling_of_a_path_gets_around_the_key",
         "test_auth::test_no_host_gets_around_the_key",
@@ -135,10 +137,13 @@ INCIDENTS: dict[str, tuple[str, ...]] = {
     ),
     "Ray 66140, 50046, 41057, 38249, clip-as-service 850: one exception or a storm of cancels wedges the batcher": (
         "test_engine::test_every_job_of_a_random_storm_ends_exactly_once",
+        "test_faults::test_a_bug_anywhere_is_one_requests_500",
+        "test_faults::test_2000_requests_of_which_three_in_ten_leave",
         "test_ingress::test_thirty_of_a_hundred_clients_that_leave_cost_the_others_nothing",
     ),
     "vLLM 6907, clip-retrieval PR 81, Biodiversity 662: memory and gradients kept": (
         "test_incidents::test_tuning_leaves_no_tensor_behind",
+        "test_faults::test_memory_that_runs_out_in_a_forward_pass_is_tried_once_more",
     ),
     "transformers PR 21861, ailia-models 1141: a thousand classes take minutes or all memory": (
         "test_incidents::test_a_thousand_classes_are_encoded_once",

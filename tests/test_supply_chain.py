@@ -245,7 +245,8 @@ def exceptions(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
             yield node.name, node
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             for argument in node.args.args:
-                if argument.annotation is not None and re.search(r"Error|Exception", ast.unparse(argument.annotation)):
+                kind = ast.unparse(argument.annotation) if argument.annotation is not None else ""
+                if re.fullmatch(r"\w*(Error|Exception)( \| None)?", kind):
                     yield argument.arg, node
 
 
