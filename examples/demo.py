@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -57,7 +57,14 @@ class DemoFailed(Exception):
 
 @contextmanager
 def running_server(log: Path) -> Iterator[str]:
-    """Run `python -m server` with the bundled model on a free port; yield its address once it is ready.
+    """Run `python -m server` with the bundled model on a free port; yield its address once it is ready."""
+    with server_process(log) as (url, _):
+        yield url
+
+
+@contextmanager
+def server_process(log: Path, flags: Sequence[str] = ()) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The same with flags of its own, and with the process beside its address.
 
     On leaving it is sent SIGTERM and must end with exit code 0.
     """
@@ -68,7 +75,7 @@ def running_server(log: Path) -> Iterator[str]:
     environment |= {"GRAM_HOST": "127.0.0.1", "GRAM_PORT": str(port), "GRAM_MODEL": "gram-mini"}
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "server"],
+            [sys.executable, "-m", "server", *flags],
             cwd=ROOT,
             env=environment,
             stdout=sink,
@@ -77,7 +84,7 @@ def running_server(log: Path) -> Iterator[str]:
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(process, url)
-        yield url
+        yield url, process
     except BaseException:
         process.kill()
         process.wait()
