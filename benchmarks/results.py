@@ -310,6 +310,134 @@ def clustering(report: Row) -> Iterator[str]:
     yield from table(head, rows)
 
 
+def load(report: Row) -> Iterator[str]:
+    """`benchmarks/load.py`."""
+    yield "## Load"
+    yield ""
+    flags = f" -- {' '.join(report['flags'])}" if report["flags"] else ""
+    yield f"    python benchmarks/load.py --seconds {report['seconds']:g}{flags}"
+    yield ""
+    yield (
+        f"{served(report)}. Open loop, Poisson arrivals, {report['seconds']:g} s a rate, {report['image']}, latency of "
+        f"accepted requests from their scheduled time; percentiles: {report['percentiles']}. C is found by a closed "
+        "loop without refusals or brown-out."
+    )
+    yield ""
+    for name, found in report["mixes"].items():
+        limit = found["capacity"]
+        yield (
+            f"**{name}**: C = {limit['per_s']:.2f} requests/s ({limit['clients']} clients), service time "
+            f"{limit['service_ms']:.0f} ms"
+        )
+        yield ""
+        last = {**found["after"], "factor": "after the burst, 0.5"}
+        yield from table(LOAD_HEAD, [load_row(row, limit["per_s"]) for row in (*found["rates"], last)])
+        yield from lines_of(found["verdict"])
+
+
+LOAD_HEAD = ["rate", "sent = answered + cancelled", "goodput /s", "p50 / p95 / p99 / max, ms", "rejects p50 / p99, ms",
+             "adaptation", "level", "/livez p50 / p99 / max, ms", "late sending p99, ms"]  # fmt: skip
+
+
+def load_row(row: Row, per_s: float) -> list[str]:
+    """One rate."""
+    answered = ", ".join(f"{n} x {status}" for status, n in row["answered"].items()) or "none"
+    return [
+        f"{row['factor']} x {per_s:.1f}",
+        f"{row['sent']} = {answered} + {row['cancelled']}",
+        f"{row['goodput']:.2f}",
+        marks(row["latency_ms"], "p50", "p95", "p99", "max"),
+        marks(row["reject_ms"], "p50", "p99"),
+        percents(row["adaptation"]),
+        percents(row["brownout"]),
+        marks(row["livez_ms"], "p50", "p99", "max"),
+        marks(row["generator_lag_ms"], "p99"),
+    ]
+
+
+def soak(report: Row) -> Iterator[str]:
+    """`benchmarks/soak.py`."""
+    yield "## Soak"
+    yield ""
+    flat, ends = report["memory"], report["ends"]
+    yield f"    python benchmarks/soak.py --minutes {report['seconds'] / 60:g} --clients {report['clients']}"
+    yield ""
+    yield (
+        f"{served(report)}. {report['requests']:,} requests from {report['clients']} clients: "
+        f"{', '.join(f'{n:,} {end}' for end, n in ends.items())}. Resident memory, MiB: "
+        f"{', '.join(f'{what} {mib:.0f}' for what, mib in flat['rss_mib'].items())}. Class sets: "
+        f"{report['class_sets']}."
+    )
+    yield ""
+    yield from lines_of(report["verdict"])
+    yield from table(["request: status", "answers"], [[what, f"{n:,}"] for what, n in report["answers"].items()])
+
+
+def batching(report: Row) -> Iterator[str]:
+    """`benchmarks/batching.py`."""
+    yield "## Requests answered together"
+    yield ""
+    flags = " ".join(flag for flag in report["flags"]["batched"])
+    yield "    python benchmarks/batching.py"
+    yield ""
+    yield (
+        f"{served(report)}; flags of both servers: {flags or 'none'}. Closed loop, shared classes, blocks of "
+        f"{report['block_seconds']:g} s in turn; ratio of medians, interval of the sign test over "
+        f"pairs ({100 * report['rows'][0]['coverage']:.0f} %)."
+    )
+    if report["missing"]:
+        yield f"**This server had no {', '.join(report['missing'])}: both ran the same.**"
+    yield ""
+    rows = [
+        [
+            row["mode"],
+            str(row["clients"]),
+            f"{row['one']['per_s']:.2f}",
+            f"{row['batched']['per_s']:.2f}",
+            f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]",
+            f"{row['batched']['requests_per_run']:.1f}",
+            f"{row['one']['p50_ms']:.0f} / {row['batched']['p50_ms']:.0f}",
+        ]
+        for row in report["rows"]
+    ]
+    yield from table(["request", "clients", "one by one, requests/s", "together, requests/s", "ratio", "requests a run",
+                      "p50 one by one / together, ms"], rows)  # fmt: skip
+
+
+def served(report: Row) -> str:
+    """What a figure of the server means nothing without."""
+    return (
+        f"{report['date']}, commit {report['commit']}, {report['machine']}, torch {report['torch']}, "
+        f"{report['device']}, {report['dtype']}; {report['model']}, default method {report['default_method']}"
+    )
+
+
+def lines_of(verdict: Sequence[Row]) -> Iterator[str]:
+    """Criteria, what was found, and whether they are met."""
+    words = {True: "met", False: "**not met**", None: "not decided"}
+    rows = [[line["criterion"], worded(line["value"]), words[line["passed"]]] for line in verdict]
+    yield from table(["criterion", "found", ""], rows)
+
+
+def worded(value: Any) -> str:
+    """A value of a verdict as text."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {worded(each)}" for name, each in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(worded(each) for each in value)
+    return "" if value is None else str(value)
+
+
+def marks(values: Row, *names: str) -> str:
+    """`1 / 2 / 3`; nothing where there were no values."""
+    return " / ".join(f"{values[name]:.0f}" for name in names) if values[names[0]] is not None else ""
+
+
+def percents(shares: Row) -> str:
+    """`completed 98 %, skipped 2 %`."""
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+
+
 def document(folder: Path) -> str:
     """The whole file."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted((folder / "results").glob("*.json"))}
@@ -328,6 +456,9 @@ def document(folder: Path) -> str:
         lines += clustering(found["clustering"])
     lines += text_path([found[n] for n in found if n.startswith("text_path")])
     lines += throughput(found["throughput"])
+    for name, show in (("batching", batching), ("load", load), ("soak", soak)):
+        if name in found:
+            lines += show(found[name])
     lines += ["## Kept negatives", "", (folder / "negatives.md").read_text().strip(), ""]
     return "\n".join(lines)
 
