@@ -29,7 +29,8 @@ from server.settings import Settings
 
 TICK_S = 0.5  # how often an idle engine shows that it lives, and looks at a piece of the weights
 FORGET = 0.8  # weight of the past in the measured rate, per batch
-BATCH_S = 0.25  # of measured work in one batch: beyond that company costs more latency than it saves work
+BATCH_S = 0.25  # of measured work in one batch: beyond that company costs more latency than it saves work,
+ALIKE_S = 1.0  # except for tunings that share passes of the text tower
 FATAL, FATAL_S = 3, 60.0  # this often without memory for zero-shot in so many seconds is a broken device
 
 log = logging.getLogger("server.engine")
@@ -349,18 +350,18 @@ class Engine:
         while self._queue and not self._stopping:
             cost = sum(job.place.cost for job in self._queue)
             left = end - time.monotonic()
-            if left <= 0 or len(self._places) <= len(self._queue) or cost >= self._batch_cost():
+            if left <= 0 or len(self._places) <= len(self._queue) or cost >= self._batch_cost(ALIKE_S):
                 return
             self._turn.wait(left)
 
-    def _batch_cost(self) -> float:
+    def _batch_cost(self, seconds: float) -> float:
         rate = self.rate
         most = self._settings.max_batch_cost
-        return min(most, rate * BATCH_S) if rate else most
+        return min(most, rate * seconds) if rate else most
 
     def _gather(self, classifier: Classifier) -> list[Job]:
         """The oldest job, and those behind it that fit beside it: in cost, and in everyone's time."""
-        now, most = self.clock(), self._batch_cost()
+        now, most, most_alike = self.clock(), self._batch_cost(BATCH_S), self._batch_cost(ALIKE_S)
         chosen: list[Job] = []
         cost = seconds = 0.0
         patience = math.inf
@@ -371,11 +372,12 @@ class Engine:
             except Exception:  # a bug of the model's own estimate: what it is about runs by itself, and fails alone
                 log.exception("no estimate")
                 own, needed = 0.0, math.inf
-            if chosen and (cost + job.place.cost > most or seconds + needed > own):
+            room = most_alike if chosen and _alike(job, chosen[0]) else most
+            if chosen and (cost + job.place.cost > room or seconds + needed > own):
                 continue
             chosen.append(job)
             cost, seconds, patience = cost + job.place.cost, seconds + needed, own
-            if cost >= most:
+            if cost >= most_alike:
                 break
         return chosen
 
@@ -480,6 +482,14 @@ class Engine:
                 job.future.set_exception(_ended(error))
         if self.on_end is not None:
             self.on_end(error)
+
+
+def _alike(job: Job, other: Job) -> bool:
+    """Whether their images are tuned one at a time, in passes that they can share (`gram_core.tuner`)."""
+    a, b = job.plan, other.plan
+    one_by_one = a.skip is None and b.skip is None and a.scope == b.scope == "image"
+    same = (a.method, a.host, a.steps, a.views) == (b.method, b.host, b.steps, b.views)
+    return one_by_one and same and job.classes.id == other.classes.id
 
 
 def _settle(job: Job, outcome: Answer | BaseException) -> None:

@@ -603,3 +603,19 @@ def test_whoever_is_not_tuned_does_not_wait_for_those_who_are() -> None:
         asyncio.run(both(it))
         assert classifier.batches == [[0], [1, 2]]
         until(lambda: it.idle, "nothing is left")
+
+
+def test_tunings_that_share_their_passes_may_be_more_in_a_batch() -> None:
+    """A second of measured work rather than a quarter."""
+    shared = dataclasses.replace(PLAN, method="tpt", host="coop", steps=1, views=8, skip=None)
+
+    async def one(it: Engine, seed: int, plan: Plan, *names: str) -> Answer:
+        with it.place(1.0) as place:
+            return await it.submit(Job(place, [image(seed)], classes(*names), plan, FAR))
+
+    with engine(classifier := Batched(), Clock()) as it:
+        it._spent = (4e6, 1e6)  # four a second, whatever one more batch takes
+        work = [one(it, 1, shared), one(it, 2, dataclasses.replace(shared, steps=2)), one(it, 3, shared)]
+        work += [one(it, 4, PLAN), one(it, 5, shared), one(it, 6, shared), one(it, 7, shared)]
+        asyncio.run(held(it, classifier, *work))
+    assert classifier.batches == [[0], [1, 3, 5, 6], [2], [4], [7]]
