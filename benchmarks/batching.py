@@ -3,11 +3,11 @@
     python benchmarks/batching.py [--mode NAME ...] [--clients 8 32] [--repeats 6] [--out FILE] [-- FLAGS OF BOTH]
 
 Two servers of this checkout run side by side: one with `--max-batch-cost=1 --text-group=1`, which makes every run one
-request and fills no pass up for company, one with the defaults. They are asked in turn, A B B A, by the same closed loop; whichever is not asked has nothing to do.
-Every request has its own images, all share one class set. Both have a long queue and no brown-out, so that all requests
-get the same work. Throughput leaves out as many answers as there are clients: it is what comes after, over its time.
-The ratio is that of medians over repeats; its interval is of the sign test over pairs of repeats and needs six of them
-for 95 %. Prints one JSON object.
+request and fills no pass up for company, one with the defaults. They are asked in turn, A B B A, by the same closed
+loop; whichever is not asked has nothing to do. Every request has its own images, all share one class set. Both have a
+long queue and no brown-out, so that all requests get the same work. Throughput leaves out as many answers as there are
+clients: it is what comes after, over its time. The ratio is that of medians over repeats; its interval is of the sign
+test over pairs of repeats and needs six of them for 95 %. Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -122,7 +122,12 @@ def serve(app: FastAPI, settings: Settings, port: socket.socket) -> int:
     host, number = port.getsockname()[:2]
     if (keys := service.guard.keys) is not None:
         signal.signal(signal.SIGHUP, lambda *_: keys.reload())
-    port.listen(settings.max_connections)  # now, so that whoever reads the next line can connect
+    for sig in (signal.SIGTERM, signal.SIGINT):  # uvicorn takes them too, a moment after the next line
+        signal.signal(sig, server.handle_exit)
+    try:
+        port.listen(settings.max_connections)  # now, so that whoever reads the next line can connect
+    except OSError as error:  # another process bound it as well and was first to listen
+        return last_words(NO_PORT, f"can't listen on {host}:{number}: {error.strerror}")
     log.info("listening", extra={"fields": {"host": host, "port": number}})
     server.run(sockets=[port])
     failure = service.engine.failure

@@ -197,3 +197,24 @@ def test_an_engine_that_hangs_ends_the_process(start: Callable[..., Process]) ->
         assert "GRAM_STALL_S" in process.ended(81)
         with pytest.raises(httpx.TransportError):
             lost.result()
+
+
+def test_of_two_that_took_one_port_the_later_exits_69(start: Callable[..., Process]) -> None:
+    race = """
+from server.__main__ import bind
+port = bind(Settings(port=0))
+other = socket.socket()
+other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+other.bind(port.getsockname())
+other.listen()
+sys.exit(serve(create_app(Settings(), Slow()), Settings(), port))
+"""
+    process = start("-c", FAKE_PROCESS[: FAKE_PROCESS.rindex("settings = ")] + race)
+    assert "can't listen on 127.0.0.1" in process.ended(69)
+
+
+def test_a_stop_signal_the_moment_it_listens_ends_it_in_order(start: Callable[..., Process]) -> None:
+    process = start("-c", FAKE_PROCESS)
+    process.url()
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.ended(0) == "stopped"
