@@ -9,7 +9,7 @@ LOCK := --universal --python-version 3.11 --generate-hashes --no-emit-index-url 
 # Threads that wait give their core to others: steadier where torch is not alone on the machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install check test demo serve bench lock audit
+.PHONY: install check test demo serve bench openapi lock audit
 
 install: $(READY)
 
@@ -33,6 +33,11 @@ serve: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/text_path.py
 	$(BIN)/python benchmarks/throughput.py
+
+# docs/openapi.json; `tests/test_fuzz.py` fails where the app says something else.
+openapi: $(READY)
+	$(BIN)/python -c "from server import app, fake, openapi, settings; \
+	print(openapi.text(app.create_app(settings.Settings(), fake.FakeClassifier())), end='')" > docs/openapi.json
 
 lock: $(READY)
 	$(BIN)/uv pip compile $(LOCK) --extra demo --extra evaluate --extra otel --extra dev pyproject.toml -o requirements/lock.txt

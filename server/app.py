@@ -30,7 +30,7 @@ from server.auth import Guard, Rates
 from server.brownout import shed
 from server.decoding import Gate
 from server.engine import Classifier, Engine, Job
-from server.errors import STATUS, ApiError, from_core
+from server.errors import ApiError, from_core
 from server.images import Checked
 from server.ingress import (
     Budget,
@@ -100,17 +100,16 @@ def create_app(
             methods=["POST"],
             operation_id=path.strip("/").replace("/", "_"),
             summary="Classify images, before and after adaptation",
-            openapi_extra={"requestBody": openapi.request_body()},
-            responses=openapi.responses(ClassifyAnswer, *sorted({*STATUS.values()} - {404, 405})),
+            **openapi.classify(ClassifyAnswer),
         )
     probes: dict[str, Callable[[], Any]] = {"/livez": service.livez, "/startupz": service.startupz}
     for path in ("/readyz", "/health", "/healthz", "/ping"):
         probes[path] = service.readyz
     for path, probe in probes.items():
-        app.add_api_route(path, probe, operation_id=path[1:], responses=openapi.responses(None, 503))
+        app.add_api_route(path, probe, operation_id=path[1:], **openapi.probe(path))
         app.add_api_route(path, probe, methods=["HEAD"], include_in_schema=False)
-    app.add_api_route("/info", service.info, operation_id="info", responses=openapi.responses(None, 401, 403, 421, 503))
-    app.add_api_route("/metrics", service.scrape, operation_id="metrics", responses=openapi.responses(None, 401))
+    app.add_api_route("/info", service.info, operation_id="info", **openapi.info())
+    app.add_api_route("/metrics", service.scrape, operation_id="metrics", response_class=Response, **openapi.metrics())
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     app.add_middleware(
         Ingress,

@@ -28,7 +28,7 @@ from pydantic import (
 
 from gram_core.types import Tuning
 from server.errors import ApiError
-from server.replay import Recorded, read
+from server.replay import MOST, Recorded, read
 from server.settings import Settings
 
 MAX_JSON_VALUES = 500_000
@@ -68,6 +68,9 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
+REPLAY = "The token of an answer; goes with no other field of this object."
+
+
 class Adaptation(Strict):
     """How to adapt; a missing field means the model's own default."""
 
@@ -79,7 +82,7 @@ class Adaptation(Strict):
     budget_ms: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     on_overload: Literal["shed", "reject"] = "shed"
-    replay: str | None = None
+    replay: Annotated[str, Field(description=REPLAY, json_schema_extra={"maxLength": MOST})] | None = None
     _recorded: Recorded | None = PrivateAttr(None)
 
     @field_validator("steps", "views")
@@ -114,6 +117,37 @@ class Adaptation(Strict):
         return Tuning(**self.model_dump(exclude={"budget_ms", "on_overload", "replay"}))
 
 
+# What the OpenAPI document says of the fields below, as near as JSON Schema comes. Nothing is checked with these:
+# `_classes`, `_templates` and `_images` know more, count by index and take no time on long lists.
+PLAIN = r"[^\x00-\x1f\x7f-\x9f]"  # no control character
+SPOKEN = rf"^{PLAIN}*[^\s\x00-\x1f\x7f-\x9f]{PLAIN}*$"  # and not blank
+NAME: dict[str, Any] = {
+    "minLength": 1,
+    "maxLength": MAX_NAME,
+    "pattern": SPOKEN,
+    "description": "Counted and compared after Unicode NFC and trimming.",
+}
+Name = Annotated[str, Field(json_schema_extra=NAME)]
+Sentence = Annotated[str, Field(min_length=1, max_length=MAX_TEXT, pattern=SPOKEN)]
+Template = Annotated[
+    str,
+    Field(
+        min_length=2,
+        max_length=MAX_TEXT,
+        pattern=r"^[^{}\x00-\x1f\x7f-\x9f]*\{\}[^{}\x00-\x1f\x7f-\x9f]*$",
+        description="Exactly one {}, where the name goes, and no other brace.",
+    ),
+]
+Base64 = Annotated[
+    str,
+    Field(
+        description="Base64 of a JPEG, PNG or WEBP, or a data URL of it: standard alphabet, with padding; line breaks "
+        "are ignored. Any other URL is refused.",
+        json_schema_extra={"format": "byte", "contentEncoding": "base64"},
+    ),
+]
+
+
 class ClassSetReference(Strict):
     """A class set posted before."""
 
@@ -123,10 +157,15 @@ class ClassSetReference(Strict):
 class ImageItem(Strict):
     """An image and the caller's own name for it."""
 
-    data: str
-    id: Annotated[str, Field(min_length=1, max_length=MAX_ID)] | None = None
+    data: Base64
+    id: Annotated[str, Field(min_length=1, max_length=MAX_ID, pattern=rf"^{PLAIN}+$")] | None = None
 
 
+Names = Annotated[list[Name], Field(min_length=1, json_schema_extra={"uniqueItems": True})]
+Sentences = Annotated[list[Sentence], Field(min_length=1, max_length=MAX_TEXTS_PER_CLASS)]
+Described = Annotated[dict[str, Sentences], Field(min_length=1, json_schema_extra={"propertyNames": NAME})]
+Templates = Annotated[list[Template], Field(max_length=MAX_TEMPLATES)]
+Images = Annotated[list[Base64 | ImageItem], Field(min_length=1)]
 Classes = list[str] | dict[str, list[str]]
 
 
@@ -166,8 +205,14 @@ def _images(value: Any, info: ValidationInfo) -> list[Posted]:
 class Question(Strict):
     """Everything about a request but its images; the form and raw-body requests hold no more."""
 
-    classes: Annotated[Any, PlainValidator(_classes, json_schema_input_type=Classes | ClassSetReference)]
-    templates: Annotated[Any, PlainValidator(_templates, json_schema_input_type=list[str] | None)] = None
+    classes: Annotated[
+        Any,
+        PlainValidator(
+            _classes,
+            json_schema_input_type=Names | Described | ClassSetReference,
+        ),
+    ]
+    templates: Annotated[Any, PlainValidator(_templates, json_schema_input_type=Templates | None)] = None
     adaptation: Adaptation = Adaptation.model_construct()
     top_k: Annotated[int, Field(ge=1, le=1000)] | None = 5
     score: Literal["softmax", "cosine", "logit"] = "softmax"
@@ -194,7 +239,7 @@ class Question(Strict):
 class ClassifyRequest(Question):
     """The JSON body of `/v1/classify`."""
 
-    images: Annotated[Any, PlainValidator(_images, json_schema_input_type=list[str | ImageItem])]
+    images: Annotated[Any, PlainValidator(_images, json_schema_input_type=Images)]
 
 
 # ---- reading ----
