@@ -371,6 +371,25 @@ def test_an_end_marker_inside_a_comment_does_not_hide_the_scans_behind_it() -> N
     assert refused(hidden).code == "image_too_complex"
 
 
+@pytest.mark.parametrize("piece", [2, 3, 61])
+def test_a_jpeg_searched_in_pieces_is_a_jpeg_searched_at_once(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [member.data for member in MEMBERS if member.name.startswith("jpeg") and len(member.data) < 20_000]
+
+    def seen() -> list[tuple[Any, ...]]:
+        found: list[tuple[Any, ...]] = []
+        for data in files:
+            try:
+                found.append((inspect(data),))
+            except InvalidImage as error:
+                found.append((error.code, error.message))
+        return found
+
+    expected = seen()
+    assert sum(len(outcome) == 1 for outcome in expected) > 20
+    monkeypatch.setattr(images, "PIECE", piece)
+    assert seen() == expected
+
+
 def test_a_header_that_pillow_reads_differently_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(picture(), "JPEG")
     other = Image.open(io.BytesIO(small_png(9, 9)), formats=("PNG",))

@@ -308,6 +308,8 @@ def faults(tree: ast.AST) -> Iterator[str]:
                 yield f"{name}()"
             if name == "FastAPI" and not {"telemetry", "redirect_slashes", "docs_url", "redoc_url"} <= given.keys():
                 yield "FastAPI() without its switches"
+            if name == "FastAPI" and "True" in given.get("telemetry", ""):
+                yield "FastAPI() that exports what the environment asks for"
 
 
 @pytest.mark.parametrize("path", [p for p in SHIPPED if p.parts[-2] == "server"], ids=lambda path: path.name)
@@ -334,6 +336,7 @@ def test_no_answer_can_repeat_an_exception_or_what_a_client_sent(path: Path) -> 
         "string.Template(text)",
         "subprocess.run(['x'])",
         "app = FastAPI(docs_url=None, redoc_url=None, redirect_slashes=False)",
+        "FastAPI(docs_url=None, redoc_url=None, redirect_slashes=False, telemetry={'auto_configure': True})",
     ],
 )
 def test_the_gate_closes(lines: str) -> None:
