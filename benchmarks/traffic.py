@@ -83,10 +83,10 @@ def slowly(ask: Ask, pieces: int, seconds: float) -> Ask:
 
 
 def chunks(data: bytes) -> Iterator[bytes]:
-    """A chunked body without its end."""
+    """A chunked body without its end: the last byte sent is the last of `data`."""
     for start in range(0, len(data), PIECE):
         piece = data[start : start + PIECE]
-        yield f"{len(piece):x}\r\n".encode() + piece + b"\r\n"
+        yield (b"\r\n" if start else b"") + f"{len(piece):x}\r\n".encode() + piece
 
 
 # ---- the client ----
