@@ -7,6 +7,7 @@ stderr says why.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import resource
@@ -44,6 +45,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self.service = service
+        service.engine.on_ready = settle
         service.engine.on_end = self.engine_ended
         service.engine.on_stall = self.engine_stalled
 
@@ -113,6 +115,12 @@ def main(argv: Sequence[str]) -> int:
         except InvalidSettings as error:  # what a setting names can't be used
             return last_words(BAD_SETTINGS, str(error))
         return serve(app, settings, port)
+
+
+def settle() -> None:
+    """What is loaded stays: let the garbage collector, which stops everyone, never look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def serve(app: FastAPI, settings: Settings, port: socket.socket) -> int:

@@ -191,20 +191,20 @@ class Service:
         length = declared_length(request.headers, self.settings.max_body_bytes)
         lease = self.budget.lease(self.settings.max_body_bytes if length is None else length)
         try:
-            body = await read_body(exchange, request.receive, self.settings)
-            lease.grow(len(body) - lease.size)
+            body = [await read_body(exchange, request.receive, self.settings)]  # whoever parses it takes it away
+            lease.grow(len(body[0]) - lease.size)
             exchange.stage = "decode"
             return await unless_gone(request.receive, self._answer(request, media, body, classifier, exchange, lease))
         finally:
             lease.release()
 
     async def _answer(
-        self, request: Request, media: str, body: bytes, classifier: Classifier, exchange: Exchange, lease: Lease
+        self, request: Request, media: str, body: list[bytes], classifier: Classifier, exchange: Exchange, lease: Lease
     ) -> Response:
-        if media == "application/json" and len(body) <= SMALL:
-            question, posted = self._read(request, media, body)
+        if media == "application/json" and len(body[0]) <= SMALL:
+            question, posted = self._read(request, media, body.pop())
         else:
-            question, posted = await self._at_desk(self._read, request, media, body)
+            question, posted = await self._at_desk(lambda: self._read(request, media, body.pop()))
         timeout_ms = question.timeout_ms or self.settings.timeout_ms
         call = Call(classifier, question, posted, exchange, lease, timeout_ms)
         try:
@@ -253,11 +253,13 @@ class Service:
                 plan = job.plan
                 times |= {"queue": job.queue_ms, **answer.timings_ms}
                 times["text"] = times.get("text", 0.0) + tokenized - began
-                self.metrics.observe(answer, times)
         call.exchange.stage = "serialise"
         times["total"] = call.exchange.elapsed_ms()
-        content = await self._at_desk(
-            lambda: classification(
+
+        def write() -> bytes:
+            if answer is not None:
+                self.metrics.observe(answer, times)
+            return classification(
                 request_id=call.exchange.request_id,
                 created=int(time.time()),
                 model=classifier.info,
@@ -271,7 +273,8 @@ class Service:
                 brownout=level if "brownout" in (plan.skip, plan.shed) else 0,
                 timings_ms=times,
             )
-        )
+
+        content = await self._at_desk(write)
         self.metrics.stage_seconds.labels("serialise").observe((call.exchange.elapsed_ms() - times["total"]) / 1000)
         return Response(content, media_type="application/json")
 
@@ -317,6 +320,7 @@ class Service:
         """Each image prepared for the classifier, or the `ApiError` it gets instead."""
         settings, metrics, prepare = self.settings, self.metrics, call.classifier.prepare
         checked = await self._in_pool(images.check, [image.data for image in call.posted], settings, metrics)
+        call.posted[:] = [Posted(b"", image.id) for image in call.posted]  # half of what a request holds
         _first_refusal(checked, call.question)
         pixels = sum(item.pixels for item in checked if isinstance(item, Checked))
         size = BYTES_PER_PIXEL * pixels
@@ -332,7 +336,9 @@ class Service:
                 return loaded
 
         with self.gate.room(pixels):
-            items = await asyncio.gather(*(one(index, item) for index, item in enumerate(checked)))
+            loads = [one(index, item) for index, item in enumerate(checked)]
+            checked.clear()  # the encoded bytes go as they are decoded
+            items = await asyncio.gather(*loads)
         _first_refusal(items, call.question)
         kept = sum(item.nbytes for item in items if not isinstance(item, ApiError))
         call.lease.grow(min(0, kept - size))

@@ -107,8 +107,8 @@ class Job:
 class Engine:
     """`with engine.place(cost) as place: answer = await engine.submit(Job(place, ...))`.
 
-    `on_end`, when set, is called from the engine's thread with whatever ended the loop; `on_stall` from the watchdog's
-    when the engine has shown no life for GRAM_STALL_S.
+    `on_ready`, when set, is called from the engine's thread once the model is warm, `on_end` with whatever ended the
+    loop; `on_stall` from the watchdog's when the engine has shown no life for GRAM_STALL_S.
     """
 
     def __init__(
@@ -122,6 +122,7 @@ class Engine:
         self.classifier: Classifier | None = None
         self.phase = "settings"
         self.failure: BaseException | None = None
+        self.on_ready: Callable[[], None] | None = None
         self.on_end: Callable[[BaseException], None] | None = None
         self.on_stall: Callable[[], None] | None = None
         self.clock = clock
@@ -299,6 +300,8 @@ class Engine:
             self._enter("warmup")
             classifier.warm_up()
             self.classifier = classifier
+            if self.on_ready is not None:
+                self.on_ready()
             self._startup_s = self.clock() - self._started
             self._enter("ready", **_served(classifier.info))
             while (jobs := self._next(classifier)) is not None:

@@ -35,7 +35,7 @@ class Recorded:
 
 
 def token(did: Adaptation, plan: Plan, model: ModelInfo, class_set: str, images: Sequence[bytes]) -> str:
-    """Of one result: `plan` as it was run, `images` the SHA-256 of those that were tuned together, in their order."""
+    """Of one result: `plan` as it was run, `images` the SHA-256 of those that were tuned together."""
     if did.status == "skipped" or did.reason in REPLACED["fallback"]:
         plan = replace(plan, skip=did.reason)
     elif did.status == "partial" and did.steps < plan.steps:
@@ -90,7 +90,7 @@ def _facts(model: ModelInfo, class_set: str, images: Sequence[bytes]) -> dict[st
         "w": model.weights_sha256[:16],
         "c": (model.checkpoint_sha256 or "none")[:16],
         "k": class_set,
-        "i": hashlib.sha256(b"".join(images)).hexdigest()[:32],
+        "i": hashlib.sha256(b"".join(sorted(images))).hexdigest()[:32],  # no answer depends on their order
     }
 
 

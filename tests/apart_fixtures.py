@@ -73,7 +73,16 @@ class Apart(Live):
         """A good request is answered, and nothing is held afterwards."""
         response = self.ask()
         assert response.status_code == 200, response.text
-        until(lambda: self.held() == AT_REST, "everything is given back")
+        held: dict[str, float] = {}
+
+        def at_rest() -> bool:
+            held.update(self.held())
+            return held == AT_REST
+
+        try:
+            until(at_rest, "everything is given back")
+        except AssertionError:
+            raise AssertionError(f"still held: {held}") from None
 
     def held(self) -> dict[str, float]:
         """The gauges of what requests hold."""

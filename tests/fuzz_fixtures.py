@@ -72,6 +72,9 @@ UNSAID: dict[str, str] = {
     "undecodable_image": r"images\.\d+",  # what the bytes hold
     "unsupported_image_format": r"images\.\d+",
     "image_shape_unsupported": r"images\.\d+",
+    "image_too_many_pixels": r"images\.\d+",  # a damaged header
+    "image_too_complex": r"images\.\d+",
+    "too_many_pixels": "images",
     "invalid_base64": r"images\.\d+",
     "invalid_request": r"score|timeout_ms|classes\.\d+|images\.\d+\.id",  # one class; an operator's limit; NFC
 }

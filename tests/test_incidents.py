@@ -37,7 +37,7 @@ from gram_core.text import TextEncoder
 from prototypes import store
 from tests import zoo
 from tests.apart_fixtures import LIVEZ, Apart, answers, apart, probed, push, talk, until_closed
-from tests.server_fixtures import LEAKS, Live, answered, b64, code, live, png
+from tests.server_fixtures import LEAKS, Live, answered, b64, code, live, png, until
 from tests.test_supply_chain import BUNDLED, READERS
 from tests.zoo import Member
 
@@ -457,7 +457,7 @@ def test_tuning_leaves_no_tensor_behind(real: Live) -> None:
     for seed in range(12):
         ask(seed)
     real.assert_well()
-    assert alive() <= before
+    until(lambda: alive() <= before, "every tensor of a request has gone")
 
 
 # ---- files ----

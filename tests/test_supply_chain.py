@@ -312,9 +312,17 @@ def faults(tree: ast.AST) -> Iterator[str]:
                 yield "FastAPI() that exports what the environment asks for"
 
 
+# These speak to whoever starts the process, and answer nobody: our own errors' sentences are what they are for.
+TO_THE_OPERATOR = {
+    "__main__.py": {"str(error)", "error.strerror"},
+    "cli.py": {"str(error)"},
+    "doctor.py": {"str(error)", "error.strerror", "{error}"},
+}
+
+
 @pytest.mark.parametrize("path", [p for p in SHIPPED if p.parts[-2] == "server"], ids=lambda path: path.name)
 def test_no_answer_can_repeat_an_exception_or_what_a_client_sent(path: Path) -> None:
-    assert list(faults(ast.parse(path.read_text()))) == []
+    assert set(faults(ast.parse(path.read_text()))) <= TO_THE_OPERATOR.get(path.name, set())
 
 
 @pytest.mark.parametrize(
