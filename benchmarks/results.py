@@ -315,7 +315,7 @@ def load(report: Row) -> Iterator[str]:
     yield "## Load"
     yield ""
     flags = f" -- {' '.join(report['flags'])}" if report["flags"] else ""
-    yield f"    python benchmarks/load.py --seconds {report['seconds']:g}{flags}"
+    yield f"    python benchmarks/load.py --seconds {report['seconds']:g} --mix {' '.join(report['mixes'])}{flags}"
     yield ""
     yield (
         f"{served(report)}. Open loop, Poisson arrivals, {report['seconds']:g} s a rate, {report['image']}, latency of "
@@ -378,7 +378,9 @@ def batching(report: Row) -> Iterator[str]:
     yield "## Requests answered together"
     yield ""
     flags = " ".join(flag for flag in report["flags"]["batched"])
-    yield "    python benchmarks/batching.py"
+    modes = list(dict.fromkeys(row["mode"] for row in report["rows"]))
+    chosen = " ".join(f'"{mode}"' for mode in modes)
+    yield f"    python benchmarks/batching.py --seconds {report['block_seconds']:g} --mode {chosen}"
     yield ""
     yield (
         f"{served(report)}; flags of both servers: {flags or 'none'}. Closed loop, shared classes, blocks of "

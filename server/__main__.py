@@ -32,6 +32,7 @@ from server.wire import http_config
 OK, BAD_SETTINGS, BAD_MODEL, NO_PORT, ENGINE_ENDED = 0, 64, 65, 69, 70
 DEVICE_FAILED, STALLED, WEIGHTS_CHANGED, ABANDONED = 80, 81, 82, 83
 SPARE_FILES = 256  # beside connections: the model, the log, the pools
+WAIT_QUIETLY = ("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would hold the cores that decode and answer
 LAST_RESORT_S = 2.0  # a process whose device is broken may hang on its way out
 
 log = logging.getLogger("server")
@@ -100,6 +101,7 @@ def main(argv: Sequence[str]) -> int:
     except InvalidSettings as error:
         return last_words(BAD_SETTINGS, str(error))
     log_to_stderr(settings.log_level, settings.log_format)
+    os.environ.setdefault(*WAIT_QUIETLY)  # read when torch is imported, which is later
     _allow_files(settings)
     try:
         port = bind(settings)

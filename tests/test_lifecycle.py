@@ -218,3 +218,27 @@ def test_a_stop_signal_the_moment_it_listens_ends_it_in_order(start: Callable[..
     process.url()
     process.popen.send_signal(signal.SIGTERM)
     assert process.ended(0) == "stopped"
+
+
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_idle_threads_of_torch_give_up_their_core_unless_told_otherwise(
+    start: Callable[..., Process], given: dict[str, str], policy: str
+) -> None:
+    loads = "import os; raise ModelUnavailable(os.environ['OMP_WAIT_POLICY'] + ' before torch is there.')"
+    script = f"""
+import sys
+from gram_core.errors import ModelUnavailable
+import server.app
+from server.__main__ import main
+
+def load(settings):
+    assert "torch" not in sys.modules
+    {loads}
+
+server.app._load = load
+sys.exit(main(["--port", "0"]))
+"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_WAIT_POLICY", raising=False)
+        process = start("-c", script, **given)
+    assert process.ended(65) == f"{policy} before torch is there."

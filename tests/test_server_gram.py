@@ -395,7 +395,9 @@ def test_json_form_and_query_ask_for_an_explanation_alike(server: Live) -> None:
     assert results(answers[0])[0]["explain"]["prototypes"]
 
 
-@pytest.mark.parametrize("letter", ["n", "\U0001f600", "\x01"])
+@pytest.mark.parametrize(
+    "letter", ["\x01", *(pytest.param(letter, marks=pytest.mark.slow) for letter in ("n", "\U0001f600"))]
+)
 def test_an_explanation_fits_into_8_kib_whatever_prototypes_are_called(backbone: Backbone, letter: str) -> None:
     names = [str(c) + letter * 3000 for c in range(CONCEPTS)]
     learned = tiny_learned(backbone, names=names)
