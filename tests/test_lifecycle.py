@@ -235,7 +235,7 @@ def load(settings):
     assert "torch" not in sys.modules
     {loads}
 
-server.app._load = load
+server.app.load_classifier = load
 sys.exit(main(["--port", "0"]))
 """
     with pytest.MonkeyPatch.context() as patch:
