@@ -309,7 +309,7 @@ def main() -> None:
         if given.flips and not given.only:
             report["flips"] = flips(server, given.flips)
         report["load_average_after"] = round(os.getloadavg()[0], 1)
-    print(json.dumps(report, indent=1))  # noqa: T201
+    sys.stdout.write(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

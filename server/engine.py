@@ -435,7 +435,10 @@ class Engine:
                 outcomes[ready[0]] = error
                 return
             for job in ready:
-                self._run(classifier, [job], outcomes)
+                if job.early is not None and job.future.done():  # it was not to be tuned, and has its answer
+                    outcomes[job] = job.early
+                else:
+                    self._run(classifier, [job], outcomes)
 
     def _work(self, classifier: Classifier, job: Job) -> Work:
         plan = job.plan

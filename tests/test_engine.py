@@ -619,3 +619,30 @@ def test_tunings_that_share_their_passes_may_be_more_in_a_batch() -> None:
         work += [one(it, 4, PLAN), one(it, 5, shared), one(it, 6, shared), one(it, 7, shared)]
         asyncio.run(held(it, classifier, *work))
     assert classifier.batches == [[0], [1, 3, 5, 6], [2], [4], [7]]
+
+
+def test_whoever_was_answered_early_is_not_run_again_when_the_rest_of_the_batch_fails() -> None:
+    class Breaks(Batched):
+        sizes: list[int] = []  # noqa: RUF012
+
+        def run(self, works: Sequence[Work]) -> list[Answer | Exception]:
+            self.sizes.append(len(works))
+            made = super().run(works)
+            for work, answer in zip(works, made, strict=True):
+                if work.plan.skip is not None and work.early is not None and isinstance(answer, Answer):
+                    work.early(answer)
+            if len(works) > 1:
+                raise OutOfMemory("full")
+            return made
+
+    async def tuned(it: Engine) -> Answer:
+        with it.place(1.0) as place:
+            return await it.submit(Job(place, [image(1)], classes(), dataclasses.replace(PLAN, skip=None), FAR))
+
+    with engine(classifier := Breaks()) as it:
+        found = asyncio.run(held(it, classifier, tuned(it), run(it, 2)))
+        assert all(isinstance(outcome, Answer) for outcome in found)
+        assert it.ready
+        until(lambda: it.idle, "nothing is left")
+    assert classifier.batches == [[0], [1, 2], [1]]
+    assert classifier.sizes == [1, 2, 1]
