@@ -1,6 +1,6 @@
 """Class names to unit text features: the class set and the exact fast text path.
 
-Owns tokens, packs and the cache of class features. It knows nothing of images, losses or tuning.
+Owns tokens, packs and the cache of class sets and their features. It knows nothing of images, losses or tuning.
 
 The fast path gives `open_clip.encode_text`'s numbers for less work, because a causal tower read at its end-of-text
 token (EOT) never sees what comes later, and because positions before the class name see no class:
@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ START = "a photo of a"
 START_TEMPLATE = START + " {}."
 KEPT_PACKS = 32  # class sets whose packed tokens are kept
 CHUNK = 512  # texts per pass: bounds the memory of a pass, whatever K is
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +224,7 @@ class ClassSet:
 
 
 class TextEncoder:
-    """Texts of one backbone to features, with a cache of class features bounded in bytes.
+    """Texts of one backbone to features, with a cache of class sets and their features bounded in bytes.
 
     Safe under threads: class sets may be built anywhere; features are computed by whoever asks first.
     """
@@ -229,7 +232,7 @@ class TextEncoder:
     def __init__(self, backbone: Backbone, cache_bytes: int = 2**28) -> None:
         self.backbone = backbone
         self.cache_bytes = cache_bytes
-        self._cache: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str], tuple[Any, int]] = OrderedDict()  # with the bytes of each
         self._tuned: OrderedDict[tuple[str, int], list[Pack]] = OrderedDict()
         self._held = 0
         self._lock = threading.Lock()
@@ -237,7 +240,7 @@ class TextEncoder:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of features kept now."""
+        """Bytes of tokens and features kept now."""
         return self._held
 
     def class_set(
@@ -270,9 +273,8 @@ class TextEncoder:
             for i, own in enumerate(sentences):
                 if not own or not all(isinstance(s, str) and s.strip() for s in own):
                     raise InvalidClasses(f"class {i} needs at least one sentence, all of them text.", index=i)
-            flat = [s for own in sentences for s in own]
+            texts = [[s for own in sentences for s in own]]
             owners = torch.tensor([i for i, own in enumerate(sentences) for _ in own])
-            groups = [(self._tokenize(flat, owners), owners)]
             key: object = sentences
         else:
             patterns = list(DEFAULT_TEMPLATES if templates is None else templates)
@@ -283,27 +285,31 @@ class TextEncoder:
                         code="bad_template",
                         index=i,
                     )
+            texts = [[p.replace("{}", n) for n in names] for p in (patterns or ["{}"])]
             owners = torch.arange(len(names))
-            groups = [
-                (self._tokenize([p.replace("{}", n) for n in names], owners), owners) for p in (patterns or ["{}"])
-            ]
             key = patterns
-        tuned = self._tokenize([START_TEMPLATE.replace("{}", n) for n in names], torch.arange(len(names)))
-        same = len(groups) == 1 and torch.equal(groups[0][0], tuned)
         content = json.dumps([names, key, self.backbone.fingerprint], ensure_ascii=False)
         digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        identity = f"cs_{digest}"
+        return self._kept(identity, "tokens", lambda: self._class_set(identity, names, texts, owners))
+
+    def _class_set(self, identity: str, names: list[str], texts: list[list[str]], owners: Tensor) -> ClassSet:
+        """Tokenizing is a third of a millisecond a text, in Python: once for as long as it is kept."""
+        groups = [(self._tokenize(each, owners), owners) for each in texts]
+        start = [START_TEMPLATE.replace("{}", n) for n in names]
+        tuned = groups[0][0] if texts == [start] else self._tokenize(start, torch.arange(len(names)))
         return ClassSet(
             names=tuple(names),
-            id=f"cs_{digest}",
-            texts=sum(len(t) for t, _ in groups),
+            id=identity,
+            texts=sum(map(len, texts)),
             groups=tuple(groups),
             tuned=tuned,
-            starts_at_baseline=same,
+            starts_at_baseline=len(groups) == 1 and torch.equal(groups[0][0], tuned),
         )
 
     def features(self, classes: ClassSet) -> Tensor:
         """Baseline class features (K, D): texts encoded, averaged per class, normalised again as open_clip does."""
-        return self._kept(classes, "baseline", self._baseline)
+        return self._kept(classes.id, "baseline", lambda: self._baseline(classes))
 
     def encode_afresh(self, classes: ClassSet) -> Tensor:
         """The baseline features, computed whether or not they are kept: for measuring what they cost."""
@@ -320,7 +326,7 @@ class TextEncoder:
         """Features (K, D) of `a photo of a {name}.`, the texts of a context before any tuning."""
         if classes.starts_at_baseline:
             return self.features(classes)
-        return self._kept(classes, "start", lambda c: self._encode(c.tuned)[0])
+        return self._kept(classes.id, "start", lambda: self._encode(classes.tuned)[0])
 
     def has(self, classes: ClassSet) -> bool:
         """Whether the baseline features are in the cache."""
@@ -407,23 +413,30 @@ class TextEncoder:
             count.index_add_(0, where, count.new_ones(len(where), 1))
         return F.normalize(total / count, dim=-1)
 
-    def _kept(self, classes: ClassSet, kind: str, make: object) -> Tensor:
-        key = (classes.id, kind)
+    def _kept(self, identity: str, kind: str, make: Callable[[], T]) -> T:
+        key = (identity, kind)
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
-                return self._cache[key]
-        assert callable(make)
-        value: Tensor = make(classes)
-        size = value.numel() * value.element_size()
+                return cast(T, self._cache[key][0])
+        value = make()
+        size = _size(value)
         with self._lock:
             if key not in self._cache and size <= self.cache_bytes:
-                self._cache[key] = value
+                self._cache[key] = value, size
                 self._held += size
                 while self._held > self.cache_bytes:
-                    _, old = self._cache.popitem(last=False)
-                    self._held -= old.numel() * old.element_size()
+                    _, (_, old) = self._cache.popitem(last=False)
+                    self._held -= old
         return value
+
+
+def _size(value: object) -> int:
+    if isinstance(value, ClassSet):
+        tensors = {id(t): t for group in value.groups for t in group} | {id(value.tuned): value.tuned}
+        return sum(map(_size, tensors.values())) + sum(map(sys.getsizeof, value.names))
+    assert isinstance(value, Tensor)
+    return value.numel() * value.element_size()
 
 
 def _clean(name: object, index: int) -> str:

@@ -192,6 +192,8 @@ class Service:
         lease = self.budget.lease(self.settings.max_body_bytes if length is None else length)
         try:
             body = [await read_body(exchange, request.receive, self.settings)]  # whoever parses it takes it away
+            if self.engine.crowded:
+                raise self.engine.full()
             lease.grow(len(body[0]) - lease.size)
             exchange.stage = "decode"
             return await unless_gone(request.receive, self._answer(request, media, body, classifier, exchange, lease))

@@ -188,6 +188,12 @@ class Engine:
             return self._brownout.update(self._waiting() / self._bound())
 
     @property
+    def crowded(self) -> bool:
+        """Not even the smallest request would be let in, so that one need not be parsed to be refused."""
+        with self._turn:
+            return bool(self._places) and self._waiting() + 1 > self._bound()
+
+    @property
     def startup_s(self) -> float:
         """How long start-up took, or has taken so far."""
         return self._startup_s if self._startup_s is not None else self.clock() - self._started

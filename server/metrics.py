@@ -63,7 +63,9 @@ class Metrics:
         self.out_of_memory = counter("out_of_memory_total", "Runs without enough memory.", "recovered")
         self._memory_seen = {True: 0, False: 0}
         self.device_memory = Gauge("gram_device_memory_bytes", "On the device.", ["kind"], registry=registry)
-        self.text_cache_bytes = Gauge("gram_text_cache_bytes", "Class features kept.", registry=registry)
+        self.text_cache_bytes = Gauge(
+            "gram_text_cache_bytes", "Tokens and features of classes kept.", registry=registry
+        )
         self.loop_lag = Gauge("gram_event_loop_lag_seconds", "How late the event loop was.", registry=registry)
         self.inflight = Gauge("gram_requests_inflight", "Requests being served.", registry=registry)
         self.startup_seconds = Gauge("gram_startup_seconds", "Start-up phases.", ["phase"], registry=registry)

@@ -103,6 +103,23 @@ def test_one_who_would_rather_be_refused_than_shed_is_refused() -> None:
         assert [f.result().status_code for f in (running, waiting, nothing_to_shed)] == [200, 200, 200]
 
 
+def test_where_nothing_fits_a_body_is_refused_before_it_is_parsed() -> None:
+    classifier = HeldClassifier()
+    with live(classifier, max_request_cost=8) as server, ThreadPoolExecutor(2) as pool:
+        running = pool.submit(server.ask, *EIGHT, adaptation={"method": "none"})
+        until(lambda: classifier.runs, "one runs")
+        waiting = pool.submit(server.ask, *EIGHT, adaptation={"method": "none"})
+        until(lambda: server.metric("gram_queue_cost") == 8, "the queue is full to the brim")
+        broken = {"content": b"{", "headers": {"content-type": "application/json"}}
+        refused = answered(server.client.post("/v1/classify", **broken))
+        assert (refused.status_code, code(refused)) == (429, "overloaded")
+        assert server.metric("gram_rejected_total", reason="queue") == 1
+        classifier.gate.set()
+        assert [f.result().status_code for f in (running, waiting)] == [200, 200]
+        assert answered(server.client.post("/v1/classify", **broken)).status_code == 400
+        server.assert_well()
+
+
 def test_brownout_can_be_off() -> None:
     classifier = HeldClassifier()
     with live(classifier, max_request_cost=2 * COST, brownout=()) as server, ThreadPoolExecutor(2) as pool:

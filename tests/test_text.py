@@ -167,6 +167,21 @@ def test_equal_content_has_an_equal_id_and_is_computed_once(tiny: Backbone) -> N
     assert encoder.class_set(["cat", "dog"], ["art of a {}."]).id != first.id
 
 
+def test_a_class_set_that_is_kept_is_tokenized_once(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = TextEncoder(tiny)
+    asked: list[int] = []
+    tokenize = tiny.tokenize
+    monkeypatch.setattr(tiny, "tokenize", lambda texts, **k: asked.append(len(texts)) or tokenize(texts, **k))
+    first = encoder.class_set(["cat", "dog"])
+    assert asked == [2]  # the default template is what a context starts from
+    assert encoder.class_set(["cat", " dog"]) is first
+    assert asked == [2]
+    assert encoder.held_bytes >= first.tuned.numel() * first.tuned.element_size()
+    encoder.class_set(["cat", "dog"], ["a drawing of a {}."])
+    encoder.class_set({"cat": ["a cat."], "dog": ["a dog.", "a hound."]})
+    assert asked == [2, 2, 2, 3, 2]
+
+
 def test_the_feature_cache_stays_within_its_bytes(tiny: Backbone) -> None:
     encoder = TextEncoder(tiny, cache_bytes=10 * 32 * 4 * 3)
     sets = [encoder.class_set([f"thing {i} {j}" for j in range(10)]) for i in range(5)]
