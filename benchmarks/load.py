@@ -4,10 +4,10 @@
 
 Arrivals are Poisson and drawn before a rate starts; latency counts from the scheduled time, so that a request that
 waits for a slow server to take it is not forgiven. Requests come from one process, `/livez` and the brown-out level are
-asked from another. Capacity C is found by a closed loop with 1, 2, 4, 8 and 16 clients: C is the most requests a second
-at which nothing was refused and nothing browned out; the doubling ends where something is. After three times C come
-five seconds of silence, then 0.5 C once more. Prints one JSON object; exit code 1 where a criterion of `verdict.py` is
-not met.
+asked from another, all the time. Capacity C is found by a closed loop with 1, 2, 4, 8 and 16 clients: C is the most
+requests a second at which nothing was refused and nothing browned out; the doubling ends where something is. After
+three times C come five seconds of silence, then 0.5 C once more. Prints one JSON object; exit code 1 where a criterion
+of `verdict.py` is not met.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.figures import facts, scrape, spread, total, wait_until_idle
+from benchmarks.figures import facts, scrape, spread, stolen_s, total, wait_until_idle
 from benchmarks.throughput import photographs
 from benchmarks.traffic import Ask, classify, get, processes, run_fire, run_keep_asking, schedule
 from benchmarks.verdict import RATES, RECOVERY_S, level_zero_s, summary, verdict
 from examples.demo import CLASSES, server_process
 
 CLIENTS = (1, 2, 4, 8, 16)
-PROBE_S, LEVEL_S = 0.02, 0.25
+PROBE_S, LEVEL_S = 0.02, 1.0
 CANCEL_S = 0.5  # a client that leaves does so within this time, uniformly
 VARIANTS = 200  # distinct requests of a mix
 
@@ -82,7 +82,9 @@ def capacity(url: str, asks: Sequence[Ask], seconds: float, pool: ProcessPoolExe
     steps: list[dict[str, Any]] = []
     service_ms = 0.0
     for clients in CLIENTS:
+        probing = pool.submit(run_fire, url, probes_for(seconds), time.monotonic())
         outcomes = pool.submit(run_keep_asking, url, asks, clients, seconds).result()
+        probing.result()
         wait_until_idle(url)
         wall = max(o.done for o in outcomes) - min(o.at for o in outcomes)
         good = [o for o in outcomes if o.status == 200]
@@ -114,12 +116,10 @@ def measure(
 ) -> dict[str, Any]:
     """One rate for `seconds`, then silence; probes go on for `tail` seconds of it."""
     plan = [(at, asks[n % len(asks)]) for n, at in enumerate(schedule(rate, seconds, seed))]
-    whole = seconds + tail
-    watching = [(PROBE_S * n, get("/livez", "livez")) for n in range(int(whole / PROBE_S))]
-    watching += [(LEVEL_S * n, get("/metrics", "metrics")) for n in range(int(whole / LEVEL_S))]
-    before, start = _counted(url), time.monotonic() + 1.0
-    probing = pool.submit(run_fire, url, sorted(watching, key=lambda each: each[0]), start)
+    before, stolen, start = _counted(url), stolen_s(), time.monotonic() + 1.0
+    probing = pool.submit(run_fire, url, probes_for(seconds + tail), start)
     outcomes, probes = pool.submit(run_fire, url, plan, start).result(), probing.result()
+    stolen = (stolen_s() - stolen) / (time.monotonic() - start + 1.0)
     wait_until_idle(url)
     counted = {code: int(n - before.get(code, 0)) for code, n in _counted(url).items() if n > before.get(code, 0)}
     alive = [o for o in probes if o.kind == "livez" and o.at < start + seconds]
@@ -129,10 +129,18 @@ def measure(
         "seconds": seconds,
         **summary(outcomes, start, seconds),
         "counted": counted,
+        "stolen_cores": round(stolen, 2),
         "livez_ms": {**spread([o.ms for o in alive]), "failed": sum(o.status != 200 for o in alive)},
         "level_told": told,
         "level_zero_s": recovery,
     }
+
+
+def probes_for(seconds: float) -> list[tuple[float, Ask]]:
+    """What is asked beside the load: whether the server lives, and its level of brown-out."""
+    asked = [(PROBE_S * n, get("/livez", "livez")) for n in range(int(seconds / PROBE_S))]
+    asked += [(LEVEL_S * n, get("/metrics", "metrics")) for n in range(int(seconds / LEVEL_S))]
+    return sorted(asked, key=lambda each: each[0])
 
 
 def _counted(url: str) -> dict[str, float]:
