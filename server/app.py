@@ -201,7 +201,13 @@ class Service:
             lease.release()
 
     async def _answer(
-        self, request: Request, media: str, body: list[bytes], classifier: Classifier, exchange: Exchange, lease: Lease
+        self,
+        request: Request,
+        media: str,
+        body: list[bytearray],
+        classifier: Classifier,
+        exchange: Exchange,
+        lease: Lease,
     ) -> Response:
         if media == "application/json" and len(body[0]) <= SMALL:
             question, posted = self._read(request, media, body.pop())
@@ -291,7 +297,7 @@ class Service:
             raise self.engine.full()
         return less
 
-    def _read(self, request: Request, media: str, body: bytes) -> tuple[Question, list[Posted]]:
+    def _read(self, request: Request, media: str, body: bytearray) -> tuple[Question, list[Posted]]:
         """What is asked, and the images, from any of the three forms of a request."""
         settings = self.settings
         query = request.scope["query_string"]
@@ -306,7 +312,7 @@ class Service:
             return whole, whole.images
         most = settings.max_images + settings.max_classes + 128
         parts = split_multipart(body, request.headers["content-type"], max_parts=most)
-        posted = [Posted(bytes(part.data)) for part in parts if part.name == "image"]
+        posted = [Posted(part.data) for part in parts if part.name == "image"]
         bound_images(len(posted), settings)
         others = [(part.name, bytes(part.data)) for part in parts if part.name != "image"]
         if [name for name, _ in others] == ["request"]:

@@ -9,6 +9,7 @@ import binascii
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from gram_core.errors import InvalidImage
 from gram_core.images import DecodedImage, ImageLimits, decode, inspect
 from server.errors import ApiError, from_core
 from server.metrics import Metrics
+from server.schemas import PARSING
 from server.settings import Settings
 
 SLICE = 1 << 20  # characters decoded in one call, which holds the interpreter
@@ -39,7 +41,7 @@ def limits(settings: Settings) -> ImageLimits:
     )
 
 
-def check(posted: Sequence[str | bytes], settings: Settings, metrics: Metrics) -> list[Checked | ApiError]:
+def check(posted: Sequence[str | bytes | bytearray], settings: Settings, metrics: Metrics) -> list[Checked | ApiError]:
     """Decode base64 and look at every header; the pixels of the whole request are bounded here."""
     found: list[Checked | ApiError] = []
     pixels = 0
@@ -79,12 +81,13 @@ def load(
     return prepare(decoded), time.monotonic() - started
 
 
-def _encoded(data: str | bytes, index: int, max_bytes: int) -> bytes:
+def _encoded(data: str | bytes | bytearray, index: int, max_bytes: int) -> bytes:
     if isinstance(data, str):
         url = DATA_URL.match(data)
-        data = _base64(data, url.end() if url else 0, index, max_bytes)
+        with PARSING if len(data) > SLICE else nullcontext():
+            data = _base64(data, url.end() if url else 0, index, max_bytes)
     if len(data) <= max_bytes:
-        return data
+        return bytes(data)
     sentence = f"image {index} is larger than {max_bytes} bytes (GRAM_MAX_IMAGE_BYTES). Compress it."
     raise ApiError("image_too_large", sentence, param=f"images.{index}")
 

@@ -226,8 +226,8 @@ def declared_length(headers: Headers, limit: int) -> int | None:
     return int(declared)
 
 
-async def read_body(exchange: Exchange, receive: Receive, settings: Settings) -> bytes:
-    """The whole body, within its cap and its time."""
+async def read_body(exchange: Exchange, receive: Receive, settings: Settings) -> bytearray:
+    """The whole body, within its cap and its time; never copied here, because that would hold the event loop."""
     body = bytearray()
     try:
         async with asyncio.timeout(settings.body_timeout_s):
@@ -245,7 +245,7 @@ async def read_body(exchange: Exchange, receive: Receive, settings: Settings) ->
         raise ApiError("body_timeout", sentence) from None
     exchange.body_read = True
     exchange.timings_ms["body"] = exchange.elapsed_ms()
-    return bytes(body)
+    return body
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -276,7 +276,7 @@ class Part:
     data: bytearray = field(default_factory=bytearray)
 
 
-def split_multipart(body: bytes, content_type: str, *, max_parts: int) -> Sequence[Part]:
+def split_multipart(body: bytes | bytearray, content_type: str, *, max_parts: int) -> Sequence[Part]:
     """The parts of a form, from memory to memory: no temporary files, and filenames are dropped unread."""
     parts: list[Part] = []
     header: list[bytearray] = [bytearray(), bytearray()]
@@ -330,7 +330,7 @@ def split_multipart(body: bytes, content_type: str, *, max_parts: int) -> Sequen
             },
         )
         for start in range(0, len(body), CHUNK):  # chunks, so that other threads get their turn
-            parser.write(body[start : start + CHUNK])
+            parser.write(bytes(body[start : start + CHUNK]))
     except (KeyError, FormParserError, ValueError):
         raise ApiError("malformed_body", "the body is not a well-formed multipart form.") from None
     if not ended:

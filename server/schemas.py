@@ -40,7 +40,7 @@ MAX_FIELDS = 32  # more than there are; every unknown one would become an error 
 # A reference instead of an image. A scheme is short; without a bound this would search through 22 MB of base64.
 URL = re.compile(r"(?!data:)[A-Za-z][A-Za-z0-9+.\-]{0,63}:|//", re.IGNORECASE)
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters and lone surrogates
-PARSING = threading.Lock()
+PARSING = threading.Lock()  # one body, or one large text of base64, at a time: see read_json
 INTEGER = re.compile(r"-?[0-9]{1,18}")
 TRUTH = {"true": True, "false": False}
 SPEAKING = {  # pydantic's own sentences, where they hold our limits and nothing of the input
@@ -58,7 +58,7 @@ BOUNDED = {"greater_than_equal", "less_than_equal", "literal_error", "string_pat
 class Posted(NamedTuple):
     """One image as posted: base64 text or raw bytes, and the caller's own name for it."""
 
-    data: str | bytes
+    data: str | bytes | bytearray
     id: str | None = None
 
 
@@ -245,7 +245,7 @@ class ClassifyRequest(Question):
 # ---- reading ----
 
 
-def read_json(body: bytes) -> Any:
+def read_json(body: bytes | bytearray) -> Any:
     """Strict JSON: UTF-8, no duplicate keys, no NaN, bounded in values, depth and the length of numbers.
 
     The parser holds the interpreter; only the functions handed to it let others have their turn. So one body is parsed
