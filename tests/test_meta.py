@@ -213,12 +213,13 @@ def command(folder: Path, steps: int, pause: float = 0.0) -> list[str]:
     return [sys.executable, "-m", "tests.meta_fixtures", str(folder), str(steps), str(pause)]
 
 
-def test_a_run_killed_at_random_moments_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    """SIGKILL, twice, at moments that differ from run to run; the state is kept every third of 40 steps."""
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_bytes(tmp_path: Path, kills: int) -> None:
+    """SIGKILL at moments that differ from run to run; the state is kept every third of 40 steps."""
     steps = 40
     run(tmp_path / "good", steps=steps)
     kept, chance = tmp_path / "out" / STATE, random.SystemRandom()
-    for _ in range(2):
+    for _ in range(kills):
         before = kept.stat().st_mtime_ns if kept.exists() else 0
         child = subprocess.Popen(command(tmp_path / "out", steps, 0.005), cwd=ROOT, env=ENVIRONMENT)
         deadline = time.monotonic() + 120

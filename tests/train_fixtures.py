@@ -38,6 +38,8 @@ sizes = [4, 8]
 steps = 3
 rank = 4
 regulator_rate = 1e-3
+survey = 64
+settle = 100
 
 [meta]
 steps = 6
