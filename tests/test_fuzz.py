@@ -209,6 +209,9 @@ def test_base64_is_the_standard_alphabet_with_padding_and_any_line_breaks(
     plain = re.sub("[\r\n]", "", text)
     fine = re.fullmatch(r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", plain)
     posted = app.ask(dumps(body(images=[head + text])), sent=[text]).json()["error"]["code"]
+    if (head + text).startswith("//"):  # no image that is served begins like that
+        assert posted == "url_input_unsupported"
+        return
     assert (posted == "invalid_base64") == (fine is None), (text, posted)
     if fine is not None:
         assert posted == app.ask(base64.b64decode(plain), "image/png", query=CATS).json()["error"]["code"]
@@ -354,8 +357,10 @@ def test_the_server_takes_the_adaptations_that_the_document_allows_and_no_others
     documented = ADAPTATION.is_valid(options)
     reply = app.ask(dumps(body(adaptation=options)), sent=options)
     code = None if reply.status == 200 else reply.json()["error"]["code"]
-    if documented:
+    if documented and options.get("replay") is None:  # whether a text is a token, no schema tells
         assert code in (None, "method_unavailable"), (options, code)
+    elif documented:
+        assert code in ("invalid_request", "replay_mismatch"), (options, code)
     else:
         assert code == "invalid_request", (options, code)
 
