@@ -79,7 +79,8 @@ UNSAID: dict[str, str] = {
     "image_too_complex": r"images\.\d+",
     "too_many_pixels": "images",
     "invalid_base64": r"images\.\d+",
-    "invalid_request": r"score|timeout_ms|(images\.\d+\.)?classes\.\d+|images\.\d+\.id",  # one class; an operator's limit; NFC
+    # one class; an operator's limit; NFC
+    "invalid_request": r"score|timeout_ms|(images\.\d+\.)?classes\.\d+|images\.\d+\.id",
 }
 
 
