@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from gram_core import __version__
 from gram_core.errors import GramError, InvalidClasses
 from gram_core.types import Answer, Plan, Tuning
-from server import images, openapi, replay
+from server import images, openapi, pages, replay
 from server.answers import ClassifyAnswer, classification
 from server.auth import Guard, Rates
 from server.brownout import shed
@@ -110,6 +110,7 @@ def create_app(
         app.add_api_route(path, probe, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/info", service.info, operation_id="info", **openapi.info())
     app.add_api_route("/metrics", service.scrape, operation_id="metrics", response_class=Response, **openapi.metrics())
+    pages.add(app, settings)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     app.add_middleware(
         Ingress,
@@ -150,7 +151,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.engine = Engine(load, settings, self.metrics)
-        self.guard = Guard(settings)
+        self.guard = Guard(settings, pages.public(settings))
         self.rates = Rates(settings.rate_cost, settings.queue_seconds)
         self.budget = Budget(settings.max_inflight_bytes, self.metrics)
         self.gate = Gate(settings, self.metrics)

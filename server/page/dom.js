@@ -1,0 +1,45 @@
+// Small tools of the page. Text reaches it as text only: there is no way here to put markup in.
+
+/** An element with properties and children; a string becomes a text node, null and false are left out. */
+export function el(tag, properties = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name === "class") made.className = value;
+    else if (name in made) made[name] = value;
+    else made.setAttribute(name, value);
+  }
+  made.append(...children.filter((child) => child !== null && child !== false));
+  return made;
+}
+
+/** The same for SVG, where everything is an attribute. */
+export function svg(tag, attributes = {}, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+export const byId = (id) => document.getElementById(id);
+
+export const many = (count, one, more = `${one}s`) => `${count} ${count === 1 ? one : more}`;
+
+/** A score in [0, 1] as a percentage that never claims 0 or 100 where it is neither. */
+export function percent(score) {
+  const hundred = score * 100;
+  if (score > 0 && hundred < 0.05) return "<0.1 %";
+  if (score < 1 && hundred >= 99.95) return ">99.9 %";
+  return `${hundred.toFixed(1)} %`;
+}
+
+export function milliseconds(ms) {
+  if (ms >= 10_000) return `${(ms / 1000).toFixed(1)} s`;
+  return ms >= 10 ? `${Math.round(ms)} ms` : `${ms.toFixed(1)} ms`;
+}
+
+export function size(bytes) {
+  if (bytes >= 1 << 20) return `${(bytes / (1 << 20)).toFixed(1).replace(".0", "")} MiB`;
+  return bytes >= 1024 ? `${Math.round(bytes / 1024)} KiB` : `${bytes} bytes`;
+}
+
+export const megapixels = (pixels) => `${Math.round(pixels / 1e5) / 10} megapixels`;
