@@ -1,6 +1,6 @@
 // The page's form: what is asked, how it is sent, and what the server says it has. Nothing is kept anywhere.
 
-import { byId, many, milliseconds } from "./dom.js";
+import { byId, el, many, milliseconds } from "./dom.js";
 import { Photos } from "./photos.js";
 import { fail, show } from "./results.js";
 import { METHODS, SCOPES } from "./words.js";
@@ -50,7 +50,7 @@ function introduce({ model, limits, version }) {
   byId("method").replaceChildren(
     ...own.map((name) => {
       const usual = name === model.default_method;
-      return new Option(`${name}: ${METHODS[name]}${usual ? " (default)" : ""}`, name, usual, usual);
+      return new Option(usual ? `${name} (default)` : name, name, usual, usual);
     }),
   );
   byId("steps").max = limits.max_steps;
@@ -75,6 +75,7 @@ const classes = () =>
 /** Options that go with the method, and what they are when left open. */
 function fit() {
   const method = byId("method").value;
+  byId("method-note").textContent = METHODS[method] ?? "";
   const known = SCOPES[method] ?? ["auto", "image", "batch"];
   for (const option of byId("scope").options) option.disabled = !known.includes(option.value);
   if (byId("scope").selectedOptions[0].disabled) byId("scope").value = "auto";
@@ -101,7 +102,7 @@ function advise() {
   const [method, scope] = [byId("method").value, byId("scope").value];
   const least = facts?.model.batch_from;
   const few = photos.all.length > 0 && photos.all.length < least && scope === "auto" && ["gram", "infomax"].includes(method);
-  const other = method === "gram" ? "Choose \u201ceach photo on its own\u201d" : "Choose \u201call photos together\u201d";
+  const other = method === "gram" ? "Choose \u201ceach photo alone\u201d" : "Choose \u201call together\u201d";
   byId("scope-note").textContent = few ? `With fewer than ${least} photos this answers zero-shot. ${other} to tune all the same.` : "";
 }
 
@@ -132,16 +133,16 @@ function wrong(names) {
 }
 
 function complain([sentence, where]) {
-  byId("problem").replaceChildren(sentence);
+  byId("problem").replaceChildren(el("p", {}, sentence));
   byId("problem").hidden = false;
   if (where === "unfit") {
-    const leave = Object.assign(document.createElement("button"), { type: "button", textContent: "Leave them out" });
+    const leave = el("button", { type: "button" }, photos.unfit().length === 1 ? "Leave it out" : "Leave them out");
     leave.addEventListener("click", () => {
-      photos.drop(photos.unfit());
+      photos.removeAll(photos.unfit());
       byId("problem").hidden = true;
       byId("files").focus();
     });
-    byId("problem").append(" ", leave);
+    byId("problem").append(leave);
     leave.focus();
     return;
   }
@@ -184,6 +185,7 @@ function ask() {
   for (const [name, text] of pairs) body.append(name, text);
   const sent = {
     photos: chosen,
+    classes: names,
     towerSize: facts?.model.image_size ?? 224,
     batchFrom: facts?.model.batch_from,
     request: { url: here("v1/classify"), names: chosen.map((photo) => photo.name), fields: pairs, keyed: key() !== "" },
@@ -225,7 +227,7 @@ function send(sent, body) {
   };
   function refused(error) {
     if (error.code === "unauthenticated") byId("key-block").hidden = false;
-    fail(error, ask);
+    fail(error, sent, ask);
     ended("");
     reveal();
   }
@@ -258,10 +260,10 @@ function busy(on) {
   }
 }
 
-/** On a narrow page results lie below the form. */
+/** Results lie below the form on a narrow page, and further up where someone has read on. */
 function reveal() {
   const { top } = byId("answers").getBoundingClientRect();
-  if (top < innerHeight * 0.6) return;
+  if (top >= 0 && top < innerHeight * 0.6) return;
   const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   byId("answers").scrollIntoView({ behavior: calm ? "auto" : "smooth" });
 }
@@ -280,7 +282,7 @@ byId("cancel").addEventListener("click", () => {
   byId("go").focus();
 });
 byId("clear").addEventListener("click", () => {
-  photos.clear();
+  photos.removeAll(photos.all);
   byId("files").focus();
 });
 byId("key").addEventListener("change", meet);

@@ -36,11 +36,11 @@ export class Photos {
   }
 
   async add(files) {
-    const fresh = [...files].map((file) => ({ file, name: this.free(file.name || "pasted.png"), url: URL.createObjectURL(file) }));
-    for (const photo of fresh) {
+    const fresh = [...files].map((file) => {
+      const photo = { file, name: this.free(file.name || "photo.png"), url: URL.createObjectURL(file) };
       this.all.push(photo);
-      photo.name = this.free(photo.name, photo);
-    }
+      return photo;
+    });
     this.show();
     await Promise.all(
       fresh.map(async (photo) => {
@@ -52,8 +52,8 @@ export class Photos {
   }
 
   /** A name that no other photo has: they are files side by side in a copied command. */
-  free(name, self) {
-    const taken = new Set(this.all.filter((photo) => photo !== self).map((photo) => photo.name));
+  free(name) {
+    const taken = new Set(this.all.map((photo) => photo.name));
     const dot = name.lastIndexOf(".") > 0 ? name.lastIndexOf(".") : name.length;
     let free = name;
     for (let n = 2; taken.has(free); n += 1) free = `${name.slice(0, dot)}-${n}${name.slice(dot)}`;
@@ -66,14 +66,8 @@ export class Photos {
     this.show();
   }
 
-  clear() {
-    for (const photo of this.all) URL.revokeObjectURL(photo.url);
-    this.all = [];
-    this.show();
-  }
-
-  drop(unfit) {
-    for (const photo of unfit) this.remove(photo);
+  removeAll(photos) {
+    for (const photo of photos) this.remove(photo);
   }
 
   /** Why the server would refuse this one, or null. */

@@ -27,9 +27,15 @@ export function clear() {
 }
 
 /** An error, with what to do about it; `again` is offered where asking again may help. */
-export function fail({ code, status, message, param, request_id: id, retryable, seconds }, again) {
+export function fail({ code, status, message, param, request_id: id, retryable, seconds }, sent, again) {
   clear();
   const [title, advice] = kindly(code, status);
+  const place = /^classes\.(\d+)$/.exec(param ?? "");
+  const name = place && shortened(sent.classes[Number(place[1])]);
+  const more = [
+    message?.includes(advice) ? null : advice,
+    seconds ? `It asks for ${many(seconds, "second")}.` : null,
+  ].filter(Boolean);
   const facts = [code, status ? `status ${status}` : null, param ? `field ${param}` : null, id ? `request ${id}` : null];
   const retry = retryable && el("button", { type: "button" }, "Try again");
   if (retry) retry.addEventListener("click", again);
@@ -39,12 +45,15 @@ export function fail({ code, status, message, param, request_id: id, retryable, 
       { class: "card oops" },
       el("h2", {}, title),
       message ? el("p", {}, message) : null,
-      el("p", {}, advice, seconds ? ` It asks for ${many(seconds, "second")}.` : ""),
+      name ? el("p", {}, "It is about \u201c", el("b", {}, name), "\u201d.") : null,
+      more.length ? el("p", {}, more.join(" ")) : null,
       el("p", { class: "hint facts" }, facts.filter(Boolean).join(" \u00b7 ")),
       retry,
     ),
   );
 }
+
+const shortened = (name) => (name?.length > 80 ? `${name.slice(0, 79)}\u2026` : name);
 
 // ---- summary ----
 
@@ -54,19 +63,18 @@ function summary(answer, sent) {
   const failed = answer.results.length - results.length;
   const zero = results.filter(({ adaptation }) => !used(adaptation)).length;
   const head =
-    `${many(answer.results.length, "photo")}, ${many(answer.class_set.size, "class", "classes")}: ` +
-    `${changed ? `${many(changed, "label")} changed` : "no label changed"} ` +
-    `in ${milliseconds(answer.timings_ms.total)}`;
+    `${many(answer.results.length, "photo")}, ${many(answer.class_set.size, "class", "classes")}, ` +
+    `${milliseconds(answer.timings_ms.total)}: ${changed ? many(changed, "label") : "no label"} changed`;
   const more = [
     failed ? `${many(failed, "photo")} could not be read` : null,
-    zero && zero === results.length ? "every answer is zero-shot" : zero ? `${zero} kept the zero-shot answer` : null,
-    answer.usage.brownout ? "the server is busy and did less than asked" : null,
+    zero && zero === results.length ? "Every answer is zero-shot" : zero ? `${zero} kept the zero-shot answer` : null,
+    answer.usage.brownout ? "The server is busy and did less than asked" : null,
   ].filter(Boolean);
   return el(
     "div",
     { class: "card summary" },
     el("h2", {}, head),
-    more.length ? el("p", { class: "hint" }, `${more.join("; ")}.`) : null,
+    more.length ? el("p", { class: "hint" }, `${more.join(". ")}.`) : null,
     timings(answer.timings_ms),
     el("p", { class: "hint facts" }, `${answer.model.name} \u00b7 ${answer.id}`),
     copies(sent.request),
@@ -142,6 +150,7 @@ function card(result, sent) {
     "li",
     { class: "card result" },
     el("div", { class: "photo" }, picture.figure, el("p", { class: "name hint" }, photo.name)),
+    explain && picture.views(explain.views, adaptation),
     el(
       "div",
       { class: "told" },
@@ -156,13 +165,20 @@ function card(result, sent) {
       el(
         "p",
         { class: "hint" },
-        `uncertainty ${adaptation.entropy_before.toFixed(2)} \u2192 ${adaptation.entropy_after.toFixed(2)} nats` +
-          (adaptation.ms >= 0.05 ? ` \u00b7 tuning took ${milliseconds(adaptation.ms)}` : ""),
+        uncertainty(adaptation),
+        adaptation.ms >= 0.05 && ` \u00b7 tuning took ${milliseconds(adaptation.ms)}`,
         ...result.image.notes.map((note) => ` \u00b7 ${noted(note)}`),
       ),
-      explain && why(explain, adaptation, picture),
+      explain && why(explain),
     ),
   );
+}
+
+function uncertainty(adaptation) {
+  const [before, after] = [adaptation.entropy_before.toFixed(2), adaptation.entropy_after.toFixed(2)];
+  if (used(adaptation)) return `uncertainty (entropy) ${before} \u2192 ${after} nats`;
+  const tried = before === after ? "" : `; tuned it would have been ${after}`;
+  return `uncertainty (entropy) ${before} nats${tried}`;
 }
 
 function broken(result, photo) {
@@ -228,7 +244,7 @@ function bar(side, prediction) {
   );
 }
 
-function why(explain, adaptation, picture) {
+function why(explain) {
   const near = explain.prototypes.length
     ? el(
         "div",
@@ -246,7 +262,7 @@ function why(explain, adaptation, picture) {
         el("dl", {}, ...numbers.flatMap(([name, word]) => [el("dt", {}, word), el("dd", {}, explain[name].toPrecision(3))])),
       )
     : null;
-  return el("div", { class: "reasons" }, near, picture.views(explain.views, adaptation), facts);
+  return near || facts ? el("div", { class: "reasons" }, near, facts) : null;
 }
 
 function prototype({ name, weight }) {
@@ -274,21 +290,28 @@ class Picture {
 
   views(views, adaptation) {
     const kept = views.map((view, n) => ({ ...view, n })).filter((view) => view.kept);
-    if (!kept.length) return used(adaptation) ? null : el("p", { class: "hint" }, "No view was tuned on.");
+    if (!kept.length) return null;
     const [width, height] = this.size;
     const boxes = svg("svg", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none", "aria-hidden": "true", class: "boxes" });
     this.figure.append(boxes);
     const shown = [...kept].sort((a, b) => a.entropy - b.entropy).slice(0, CUT);
-    const crops = kept.map((view) => {
+    const crops = new Map();
+    for (const view of kept) {
       const [top, left, tall, wide] = view.box ?? [0, 0, height, width];
       const box = svg("rect", { x: left, y: top, width: wide, height: tall, class: view.box ? "box" : "box whole" });
       boxes.append(box);
-      return shown.includes(view) ? this.crop(view, [left, top, wide, tall], box) : null;
-    });
+      if (shown.includes(view)) crops.set(view, this.crop(view, [left, top, wide, tall], box));
+    }
     const all = Math.max(views.length, adaptation.views);
-    const head = `Views it tuned on: ${kept.length} of ${all}`;
-    const rest = kept.length > shown.length ? el("p", { class: "hint" }, `The ${shown.length} surest are shown.`) : null;
-    return el("div", {}, el("h4", {}, head), el("ul", { class: "crops" }, ...crops), rest);
+    const head = `Tuned on ${kept.length} of ${many(all, "view")}`;
+    const which = kept.length > shown.length ? `The ${shown.length} surest, with` : "Each with";
+    return el(
+      "div",
+      { class: "views" },
+      el("h4", {}, head),
+      el("ul", { class: "crops" }, ...shown.map((view) => crops.get(view))),
+      el("p", { class: "hint" }, `${which} the entropy of its own answer, in nats.`),
+    );
   }
 
   /** A view as the model saw it: squeezed into a square, mirrored if it was. */

@@ -6,7 +6,10 @@ export function quoted(word) {
 }
 
 /** curl's own quoting of a file's name inside -F, so that `;` and `,` belong to the name; `-` would be its input. */
-const path = (name) => `"${(name === "-" ? "./-" : name).replace(/[\\"]/g, "\\$&")}"`;
+function path(name) {
+  if (/^[A-Za-z0-9_.][A-Za-z0-9_.-]*$/.test(name)) return name;
+  return `"${(name === "-" ? "./-" : name).replace(/[\\"]/g, "\\$&")}"`;
+}
 
 /** `request` is {url, names, fields, keyed}: names of files, and [name, text] pairs in order. */
 export function curl({ url, names, fields, keyed }) {

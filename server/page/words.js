@@ -3,10 +3,10 @@
 import { many } from "./dom.js";
 
 export const METHODS = {
-  gram: "tuned with what it learned",
-  infomax: "tuned plainly, all photos together",
-  tpt: "tuned on one photo at a time",
-  none: "zero-shot, no tuning",
+  gram: "All photos are tuned on together, with what was learned beforehand.",
+  infomax: "All photos are tuned on together, with nothing learned beforehand.",
+  tpt: "Each photo is tuned on by itself, with many views of it.",
+  none: "Zero-shot: the model answers as it is.",
 };
 
 /** Scopes that a method has; "auto" is whichever it would choose. */
