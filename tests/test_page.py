@@ -22,11 +22,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
-from gram_core.types import Explanation, Plan, PrototypeSeen, ViewSeen
+from gram_core.types import Explanation, FloatArray, ImageResult, Plan, PrototypeSeen, ViewSeen
 from gram_core.views import WORKING
 from server import pages, replay
 from server.errors import STATUS
-from server.fake import FakeClassifier, FakePrepared
+from server.fake import FakeClassifier, FakeClassSet, FakePrepared
 from server.settings import Settings
 from tests.server_fixtures import HeldClassifier, Live, b64, code, live, png, until
 
@@ -253,7 +253,7 @@ def test_photos_and_names_become_bars(browser: Browser, server: Live) -> None:
         assert card.locator(".crops li").count() == 1
         result = server.ask(*(p["buffer"] for p in photos), classes=list(CLASSES)).json()["results"][0]
         numbers = card.locator(".bars .line").all_inner_texts()
-        best = [f"{100 * side['predictions'][0]['score']:.1f} %" for side in (result["baseline"], result)]
+        best = [f"{100 * side['predictions'][0]['score']:.1f}\u00a0%" for side in (result["baseline"], result)]
         assert [text.split("\n")[-1] for text in numbers[:2]] == best
         widths = card.locator(".bars .fill").evaluate_all("all => all.map(fill => fill.style.width)")
         assert len(widths) == 6
@@ -271,6 +271,30 @@ def test_few_photos_are_answered_zero_shot_and_that_is_said_before_and_after(bro
         told = "skipped: fewer than 8 photos to tune on together \u2013 answered zero-shot"
         expect(seen.page.locator("#results .did")).to_have_text(told)
         expect(seen.page.locator("#summary")).to_contain_text("Every answer is zero-shot")
+
+
+@in_chromium
+def test_a_label_that_tuning_changed_is_marked_in_words(browser: Browser) -> None:
+    class Turning(FakeClassifier):
+        def _result(self, image: FakePrepared, classes: FakeClassSet, plan: Plan) -> ImageResult:
+            made = super()._result(image, classes, plan)
+            if plan.skip is not None:
+                return made
+            turned: FloatArray = np.ascontiguousarray(-made.baseline_cosines)
+            return replace(made, cosines=turned, adaptation=replace(made.adaptation, label_changed=True))
+
+    with live(Turning()) as server, visit(browser, server) as seen:
+        photos = [photo(n) for n in range(8)]
+        seen.choose(*photos)
+        seen.name("cat", "dog")
+        seen.classify()
+        after = seen.cards(8)
+        before = labels(server, photos, ("cat", "dog"), adaptation={"method": "none"})
+        marks = seen.page.locator("#results .changed").all_inner_texts()
+        assert {*after, *before} == {"cat", "dog"}
+        assert all(a != b for a, b in zip(after, before, strict=True))
+        assert marks == [f"changed, was {b}" for b in before]
+        expect(seen.page.locator("#summary")).to_contain_text("8 labels changed")
 
 
 @in_chromium

@@ -263,7 +263,7 @@ function busy(on) {
 /** Results lie below the form on a narrow page, and further up where someone has read on. */
 function reveal() {
   const { top } = byId("answers").getBoundingClientRect();
-  if (top >= 0 && top < innerHeight * 0.6) return;
+  if (top >= 0 && top < innerHeight * 0.4) return;
   const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   byId("answers").scrollIntoView({ behavior: calm ? "auto" : "smooth" });
 }

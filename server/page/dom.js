@@ -24,22 +24,24 @@ export const byId = (id) => document.getElementById(id);
 
 export const many = (count, one, more = `${one}s`) => `${count} ${count === 1 ? one : more}`;
 
+const SPACE = "\u00a0"; // between a number and its unit
+
 /** A score in [0, 1] as a percentage that never claims 0 or 100 where it is neither. */
 export function percent(score) {
   const hundred = score * 100;
-  if (score > 0 && hundred < 0.05) return "<0.1 %";
-  if (score < 1 && hundred >= 99.95) return ">99.9 %";
-  return `${hundred.toFixed(1)} %`;
+  if (score > 0 && hundred < 0.05) return `<0.1${SPACE}%`;
+  if (score < 1 && hundred >= 99.95) return `>99.9${SPACE}%`;
+  return `${hundred.toFixed(1)}${SPACE}%`;
 }
 
 export function milliseconds(ms) {
-  if (ms >= 1000) return `${(ms / 1000).toFixed(ms >= 10_000 ? 1 : 2)} s`;
-  return ms >= 10 ? `${Math.round(ms)} ms` : `${ms.toFixed(1)} ms`;
+  if (ms >= 1000) return `${(ms / 1000).toFixed(ms >= 10_000 ? 1 : 2)}${SPACE}s`;
+  return `${ms.toFixed(ms >= 10 ? 0 : 1)}${SPACE}ms`;
 }
 
 export function size(bytes) {
-  if (bytes >= 1 << 20) return `${(bytes / (1 << 20)).toFixed(1).replace(".0", "")} MiB`;
-  return bytes >= 1024 ? `${Math.round(bytes / 1024)} KiB` : `${bytes} bytes`;
+  if (bytes >= 1 << 20) return `${(bytes / (1 << 20)).toFixed(1).replace(".0", "")}${SPACE}MiB`;
+  return bytes >= 1024 ? `${Math.round(bytes / 1024)}${SPACE}KiB` : `${bytes}${SPACE}bytes`;
 }
 
-export const megapixels = (pixels) => `${Math.round(pixels / 1e5) / 10} megapixels`;
+export const megapixels = (pixels) => `${Math.round(pixels / 1e5) / 10}${SPACE}megapixels`;
