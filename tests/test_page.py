@@ -244,6 +244,7 @@ def test_photos_and_names_become_bars(browser: Browser, server: Live) -> None:
         seen.name(*CLASSES)
         seen.classify()
         assert seen.cards(8) == labels(server, photos, CLASSES)
+        expect(seen.page.locator("#status")).to_contain_text("no label changed")  # said to those who do not see it
         summary = seen.page.locator("#summary")
         expect(summary).to_contain_text(re.compile("8 photos, 3 classes, .*s: no label changed"))
         card = seen.page.locator("#results > li").first
@@ -503,6 +504,16 @@ def test_a_key_is_sent_and_kept_nowhere(browser: Browser, tmp_path: Path) -> Non
         expect(seen.page.locator("#model")).to_have_text("This server wants an API key.")
         field_ = seen.page.get_by_label("API key")
         expect(field_).to_be_focused()
+        for wrong in ("schl\u00fcssel", "gk_wrong"):
+            field_.fill(wrong)
+            field_.press("Tab")
+            expect(seen.page.locator("#model")).to_have_text("This key is not valid here.")
+            field_.fill("")
+            field_.press("Tab")
+            expect(seen.page.locator("#model")).to_have_text("This server wants an API key.")
+        field_.fill("schl\u00fcssel")
+        seen.classify()
+        expect(seen.page.locator("#problem")).to_contain_text("This is no API key")
         field_.fill("gk_wrong")
         field_.press("Tab")
         expect(seen.page.locator("#model")).to_have_text("This key is not valid here.")

@@ -15,19 +15,22 @@ const here = (path) => new URL(path, document.baseURI).href;
 const form = byId("ask");
 const photos = new Photos(advise);
 let facts = null; // what /info said
+let meetings = 0;
 let running = null; // the request under way
 
 // ---- what the server has ----
 
 async function meet() {
+  const turn = (meetings += 1);
   let answer;
   try {
     answer = await fetch(here("info"), { headers: credentials(), cache: "no-store" });
   } catch {
     byId("model").textContent = "The server can't be reached.";
-    setTimeout(meet, PATIENCE_MS);
+    if (turn === meetings) setTimeout(meet, PATIENCE_MS);
     return;
   }
+  if (turn !== meetings) return; // another key has been typed since
   if (answer.status === 401) {
     byId("key-block").hidden = false;
     byId("model").textContent = byId("key").value ? "This key is not valid here." : "This server wants an API key.";
@@ -61,7 +64,8 @@ function introduce({ model, limits, version }) {
 }
 
 const key = () => byId("key").value.trim();
-const credentials = () => (key() ? { Authorization: `Bearer ${key()}` } : {});
+const sendable = () => /^[\x21-\x7e]*$/.test(key()); // others fit into no header
+const credentials = () => (key() && sendable() ? { Authorization: `Bearer ${key()}` } : {});
 
 // ---- the form ----
 
@@ -109,6 +113,7 @@ function advise() {
 /** What is wrong with the form, as [sentence, where to look], or null. */
 function wrong(names) {
   const limits = facts?.limits ?? {};
+  if (!sendable()) return ["This is no API key: it holds a space or a letter that keys don't have.", "key"];
   if (!photos.all.length) return ["Add at least one photo.", "files"];
   const unfit = photos.unfit();
   if (unfit.length) return [`${many(unfit.length, "photo")} will not be accepted: ${photos.problem(unfit[0])}.`, "unfit"];
@@ -216,8 +221,7 @@ function send(sent, body) {
       said = null;
     }
     if (call.status === 200 && said?.results) {
-      show(said, sent);
-      ended("Done.");
+      ended(show(said, sent));
       reveal();
     } else {
       const seconds = Number(call.getResponseHeader("Retry-After"));

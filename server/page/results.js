@@ -10,11 +10,12 @@ const CUT = 12; // views shown as pictures
 const WORKING = 4; // gram_core.views: the short side that views are cut from, in inputs of the image tower
 let urls = [];
 
-/** Show one answer; `sent` is what was asked: photos, request for the snippets, facts about the model. */
+/** Show one answer, and say it in a line; `sent` is what was asked, and what is known of the model. */
 export function show(answer, sent) {
   clear();
   byId("summary").replaceChildren(summary(answer, sent));
   byId("results").replaceChildren(...answer.results.map((result) => card(result, sent)));
+  return byId("summary").querySelector("h2").textContent;
 }
 
 export function clear() {
@@ -302,9 +303,10 @@ class Picture {
       boxes.append(box);
       if (shown.includes(view)) crops.set(view, this.crop(view, [left, top, wide, tall], box));
     }
-    const all = Math.max(views.length, adaptation.views);
-    const head = `Tuned on ${kept.length} of ${many(all, "view")}`;
-    const which = kept.length > shown.length ? `The ${shown.length} surest, with` : "Each with";
+    const whole = views.length >= adaptation.views; // an explanation tells of the first 64
+    const head = `Tuned on ${whole ? kept.length : adaptation.views_kept} of ${many(Math.max(views.length, adaptation.views), "view")}`;
+    const among = whole ? "" : ` of the first ${views.length}`;
+    const which = kept.length > shown.length ? `The ${shown.length} surest${among}, with` : `Each${among} with`;
     return el(
       "div",
       { class: "views" },
