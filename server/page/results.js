@@ -260,7 +260,7 @@ function why(explain) {
         "details",
         {},
         el("summary", {}, "The numbers behind it"),
-        el("dl", {}, ...numbers.flatMap(([name, word]) => [el("dt", {}, word), el("dd", {}, explain[name].toPrecision(3))])),
+        el("dl", {}, ...numbers.flatMap(([name, word]) => [el("dt", {}, word), el("dd", {}, explain[name].toFixed(4))])),
       )
     : null;
   return near || facts ? el("div", { class: "reasons" }, near, facts) : null;
