@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gram_core import __version__
-from server import openapi
+from server import openapi, pages
 from server.answers import ClassifyAnswer
 from server.compat import Compat
 from server.engine import Classifier
@@ -75,6 +75,7 @@ def create_app(
     Compat(service).add_to(app)
     app.add_api_route("/info", service.info, operation_id="info", **openapi.info())
     app.add_api_route("/metrics", service.scrape, operation_id="metrics", response_class=Response, **openapi.metrics())
+    pages.add(app, settings)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
     app.add_middleware(
         Ingress,

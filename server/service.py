@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from gram_core import __version__
 from gram_core.errors import GramError, InvalidClasses
 from gram_core.types import Answer, Plan, Tuning
-from server import images, replay
+from server import images, pages, replay
 from server.answers import Group, Outcome, classification
 from server.auth import Guard, Rates
 from server.brownout import shed
@@ -110,7 +110,7 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.engine = Engine(load, settings, self.metrics)
-        self.guard = Guard(settings)
+        self.guard = Guard(settings, pages.public(settings))
         self.rates = Rates(settings.rate_cost, settings.queue_seconds)
         self.budget = Budget(settings.max_inflight_bytes, self.metrics)
         self.gate = Gate(settings, self.metrics)

@@ -133,6 +133,8 @@ class Settings(BaseSettings):
 
     api_keys_file: Annotated[Path, AfterValidator(Path.expanduser)] | None = None  # None: no keys
     metrics_public: bool = True
+    ui: bool = True
+    ui_public: bool = False  # without a key, where keys are set
     allowed_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)] = ("localhost", "127.0.0.1", "::1")
     cors_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_words)] = ()
     trusted_proxies: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_words)] = ()

@@ -17,6 +17,7 @@ import httpx
 import pytest
 from starlette.datastructures import Headers
 
+from server import pages
 from server.auth import Guard, Keys, Rates, new_key, read_keys
 from server.errors import ApiError
 from server.fake import FakeClassifier
@@ -28,7 +29,7 @@ KEY, OTHER = "gk_right", "gk_other"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "CLASSIFY", "__INIT__")
 PUBLIC = {"/livez", "/readyz", "/startupz", "/health", "/healthz", "/ping", "/metrics",
           "/v2/health/live", "/v2/health/ready"}  # fmt: skip
-UNKNOWN = ("/", "/docs", "/redoc", "/v1", "/v1/classify/x", "/v1/embeddings/", "/admin", "/static/../v1/classify")
+UNKNOWN = ("/ui", "/docs", "/redoc", "/v1", "/v1/classify/x", "/v1/embeddings/", "/admin", "/static/../v1/classify")
 
 
 def key_file(folder: Path, **keys: str) -> Path:
@@ -94,7 +95,7 @@ def test_no_method_reaches_any_path_without_the_right_key(locked: Live) -> None:
     listed = {("POST", "/v1/classify"), ("POST", "/classify"), ("GET", "/info"), *RESOURCES, *COMPATIBLE}
     assert known == listed | {("GET", path) for path in PUBLIC}  # a new route is added here, and so to the walk
     pairs = 0
-    for path in sorted({path for _, path in known} | {"/openapi.json"} | set(UNKNOWN)):
+    for path in sorted({path for _, path in known} | {"/openapi.json"} | set(pages.FILES) | set(UNKNOWN)):
         for method in METHODS:
             open_ = path in PUBLIC and method in ("GET", "HEAD")
             host = "Host: localhost\r\n"
@@ -108,7 +109,8 @@ def test_no_method_reaches_any_path_without_the_right_key(locked: Live) -> None:
                 pairs += 1
             status, _ = sent(locked, method, path, host + f"X-API-Key: {KEY}\r\n")
             assert status != 401, (method, path)
-    assert pairs == 4 * len(METHODS) * (len({path for _, path in listed}) + len(PUBLIC) + 1 + len(UNKNOWN))
+    paths = len({path for _, path in listed}) + len(PUBLIC) + 1 + len(pages.FILES) + len(UNKNOWN)
+    assert pairs == 4 * len(METHODS) * paths
     locked.client.headers.update(bearer())
     locked.assert_well()
     locked.client.headers.pop("authorization")

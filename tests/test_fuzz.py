@@ -23,7 +23,7 @@ import pytest
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from server import openapi
+from server import openapi, pages
 from server.app import create_app
 from server.errors import STATUS
 from server.fake import CONTEXT, FakeClassifier
@@ -51,7 +51,7 @@ REQUESTS = 30  # of an operation
 TINY, CATS = b64(png()), b"classes=cat&classes=dog"
 
 
-PATHS = {"/openapi.json", *json.loads(DOCUMENT.read_text())["paths"]}
+PATHS = {"/openapi.json", *pages.FILES, *json.loads(DOCUMENT.read_text())["paths"]}
 ADAPTATION = jsonschema_rs.validator_for(json.loads(DOCUMENT.read_text())["components"]["schemas"]["Adaptation"])
 
 

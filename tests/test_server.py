@@ -469,7 +469,9 @@ def test_the_model_is_named_in_a_header(server: Live) -> None:
     assert server.client.get("/nope").headers["x-gram-model"] == tag
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/v1/classify/", "//classify", "/V1/classify", "/livez/x"])
+@pytest.mark.parametrize(
+    "path", ["/ui", "/ui/", "/docs", "/redoc", "/v1/classify/", "/v1//classify", "/V1/classify", "/livez/x"]
+)
 def test_unknown_paths_are_404_and_slashes_are_not_forgiven(server: Live, path: str) -> None:
     assert code(server.client.post(path, content=b"")) == "not_found"
     assert code(server.client.get(path)) == "not_found"
