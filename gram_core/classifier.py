@@ -636,15 +636,16 @@ class Classifier:
             )
         return f"no such method on this model; choose {', '.join(methods)}."
 
-    def _recall(self, work: Work, seen: Seen) -> tuple[Seen, Tensor] | tuple[None, None]:
+    def _recall(self, work: Work, seen: Seen) -> tuple[Any, ...]:
         """Of a session's memory what is not among the images themselves, and its cosines; nothing outside of one."""
         if work.memory is None:
-            return None, None
+            return ()
         others = work.memory.without(seen.sha256, seen.views.shape[1])
         if not others.sha256:
-            return None, None
+            return ()
         kept = Seen(others.views.to(seen.views), others.sha256)
-        return kept, self._cosines(kept.originals, self.texts.features(work.classes))
+        cosines = self._cosines(kept.originals, self.texts.features(work.classes))
+        return kept, cosines, others.balanced, others.recent
 
     def _cosines(self, features: Tensor, base: Tensor) -> Tensor:
         """(B, K) in the fixed image shape, so that a row has the same bits whatever B is."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from gram_core.errors import InvalidMemory
 
 CAPACITY = 128
+WINDOW = 32  # latest images, whatever they are: which classes come now
 LEAST_QUOTA = 4
 FORMAT = 1
 RECENT = 0.9  # weight of the past in the mean image of the latest requests, per image
@@ -40,10 +42,13 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Features (M, V, D) of what a memory held, originals first, and the images' hashes."""
+    """Features (M, V, D) of what a memory held, originals first, and the images' hashes; which of them are balanced,
+    and which are the latest (some are both)."""
 
     views: Tensor
     sha256: tuple[bytes, ...]
+    balanced: tuple[bool, ...]
+    recent: tuple[bool, ...]
 
     def without(self, sha256: Sequence[bytes], views: int) -> Snapshot:
         """The images that are not among these, with the first so many of their views; none where it has fewer."""
@@ -51,11 +56,13 @@ class Snapshot:
         rows = [n for n, digest in enumerate(self.sha256) if digest not in own]
         if views > self.views.shape[1]:
             rows = []
-        return Snapshot(self.views[rows, :views], tuple(self.sha256[n] for n in rows))
+        chosen = [tuple(each[n] for n in rows) for each in (self.sha256, self.balanced, self.recent)]
+        return Snapshot(self.views[rows, :views], *chosen)  # type: ignore[arg-type]
 
 
 class Memory:
-    """At most `capacity` images of `classes` classes, `views` views of `dim` numbers each.
+    """At most `capacity` images of `classes` classes, `views` views of `dim` numbers each; and, whatever their class,
+    the latest `WINDOW`, which say what comes now.
 
     The quota of a class is ceil(capacity / classes), at least 4. Beyond it an image takes the place of its class's
     oldest with probability quota / images seen of that class (reservoir sampling, Vitter, ACM TOMS 1985), drawn from
@@ -70,7 +77,8 @@ class Memory:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._kept: list[Kept] = []  # oldest first
+        self._kept: list[Kept] = []  # balanced, oldest first
+        self._latest: deque[Kept] = deque(maxlen=min(WINDOW, self.capacity))
         self._claimed = [0] * self.classes  # distinct images offered, by class
         self._first = torch.zeros(self.dim, dtype=torch.float64)  # sum of the first images' features
         self._firsts = 0
@@ -87,16 +95,16 @@ class Memory:
     @property
     def nbytes(self) -> int:
         """Bytes of features held."""
-        return len(self) * self.views * self.dim * 4
+        return len(self._rows()) * self.views * self.dim * 4
 
     @property
     def most_bytes(self) -> int:
         """Bytes of features when full."""
-        return self.capacity * self.views * self.dim * 4
+        return (self.capacity + min(WINDOW, self.capacity)) * self.views * self.dim * 4
 
     @property
     def counts(self) -> list[int]:
-        """Images held, by class."""
+        """Images that are held balanced, by class."""
         found = [0] * self.classes
         for kept in self._kept:
             found[kept.label] += 1
@@ -114,12 +122,18 @@ class Memory:
     @property
     def digest(self) -> bytes:
         """32 bytes that tell what is held, and in which order it came doesn't matter."""
-        return hashlib.sha256(b"memory" + b"".join(sorted(kept.sha256 for kept in self._kept))).digest()
+        parts = [b"".join(sorted(kept.sha256 for kept in each)) for each in (self._kept, self._latest)]
+        return hashlib.sha256(b"memory" + b"latest".join(parts)).digest()
 
     def snapshot(self) -> Snapshot:
         """What is held now; later additions don't change it."""
-        views = torch.stack([k.views for k in self._kept]) if self._kept else torch.zeros(0, self.views, self.dim)
-        return Snapshot(views, tuple(kept.sha256 for kept in self._kept))
+        rows = self._rows()
+        views = torch.stack([k.views for k in rows.values()]) if rows else torch.zeros(0, self.views, self.dim)
+        balanced, recent = ({kept.sha256 for kept in each} for each in (self._kept, self._latest))
+        return Snapshot(views, tuple(rows), tuple(h in balanced for h in rows), tuple(h in recent for h in rows))
+
+    def _rows(self) -> dict[bytes, Kept]:
+        return {kept.sha256: kept for kept in (*self._kept, *self._latest)}
 
     def add(self, views: Tensor, sha256: Sequence[bytes], labels: Sequence[int]) -> int:
         """Offer images: features (B, V, D), hashes, zero-shot labels. Returns how many were taken.
@@ -128,16 +142,17 @@ class Memory:
         """
         if views.shape[1:] != (self.views, self.dim):
             return 0
-        held = {kept.sha256 for kept in self._kept}
+        held = set(self._rows())
         rows = views.detach().to("cpu", torch.float32)
         taken = 0
         for row, digest, label in zip(rows, sha256, labels, strict=True):
             if digest in held or not bool(row.isfinite().all()):
                 continue
             self._watch(row[0])
-            if self._take(Kept(row.clone(), digest, int(label))):
-                taken += 1
-                held = {kept.sha256 for kept in self._kept}
+            image = Kept(row.clone(), digest, int(label))
+            taken += self._take(image)
+            self._latest.append(image)
+            held = set(self._rows())
         return taken
 
     def _watch(self, original: Tensor) -> None:
@@ -171,12 +186,13 @@ class Memory:
         """As safetensors; `bound` says what it belongs to (model, class set) and comes back from `restore`."""
         state = {
             "format": FORMAT, "classes": self.classes, "views": self.views, "dim": self.dim, "capacity": self.capacity,
-            "claimed": self._claimed, "firsts": self._firsts, "sha256": [kept.sha256.hex() for kept in self._kept],
+            "claimed": self._claimed, "firsts": self._firsts, "sha256": [digest.hex() for digest in self._rows()],
+            "balanced": [kept.sha256.hex() for kept in self._kept], "latest": [k.sha256.hex() for k in self._latest],
             "bound": bound,
         }  # fmt: skip
         tensors = {
             "views": self.snapshot().views,
-            "labels": torch.tensor([kept.label for kept in self._kept], dtype=torch.int64),
+            "labels": torch.tensor([kept.label for kept in self._rows().values()], dtype=torch.int64),
             "first": self._first,
             "recent": self._recent,
         }
@@ -205,7 +221,7 @@ def _checked(cls: type[Memory], state: Any, tensors: dict[str, Tensor]) -> tuple
     views, labels = tensors["views"], tensors["labels"]
     count, claimed = len(labels), state["claimed"]
     hashes = [bytes.fromhex(text) for text in state["sha256"]]
-    if sizes["capacity"] < count or sizes["classes"] != len(claimed) or not sizes["firsts"] >= 0:
+    if sizes["classes"] != len(claimed) or sizes["firsts"] < 0:
         raise ValueError
     memory = cls(sizes["classes"], views=sizes["views"], dim=sizes["dim"], capacity=sizes["capacity"])
     shapes = {"views": (count, memory.views, memory.dim), "labels": (count,), "first": (memory.dim,),
@@ -222,8 +238,14 @@ def _checked(cls: type[Memory], state: Any, tensors: dict[str, Tensor]) -> tuple
         raise ValueError
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in claimed):
         raise ValueError
-    memory._kept = [Kept(v.clone(), h, int(y)) for v, h, y in zip(views, hashes, labels.tolist(), strict=True)]
-    if max(memory.counts) > memory.quota or len(set(hashes)) != count:
+    rows = {h: Kept(v.clone(), h, int(y)) for v, h, y in zip(views, hashes, labels.tolist(), strict=True)}
+    memory._kept = [rows[bytes.fromhex(text)] for text in state["balanced"]]
+    latest = [rows[bytes.fromhex(text)] for text in state["latest"]]
+    memory._latest.extend(latest)
+    held = len({kept.sha256 for kept in memory._kept}), len({kept.sha256 for kept in memory._latest})
+    if held != (len(memory), len(latest)) or set(memory._rows()) != set(hashes) or len(rows) != count:
+        raise ValueError
+    if max(memory.counts) > memory.quota or len(memory) > memory.capacity:
         raise ValueError
     memory._claimed, memory._firsts = list(claimed), min(sizes["firsts"], memory.capacity)
     memory._first, memory._recent = tensors["first"].clone(), tensors["recent"].clone()

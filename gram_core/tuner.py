@@ -81,8 +81,9 @@ class Tuned:
 class Task:
     """One request to tune: its features, its zero-shot cosines (B, K), and what is asked.
 
-    `remembered` are images of earlier requests of the same session, and `known` (M, K) their cosines: they are tuned
-    along with a batch, and get no outcome.
+    `remembered` are images of earlier requests of the same session, and `known` (M, K) their cosines: they get no
+    outcome. Those that are `balanced` are tuned along; those that are `recent` say, with the request's own, which
+    classes come now and which images are near.
     """
 
     seen: Seen
@@ -92,6 +93,8 @@ class Task:
     stop: Stop = never
     remembered: Seen | None = None
     known: Tensor | None = None
+    balanced: tuple[bool, ...] = ()
+    recent: tuple[bool, ...] = ()
 
 
 class _Watch:
@@ -203,9 +206,18 @@ class Tuner:
             hashes += task.remembered.sha256
         order = sorted(range(len(hashes)), key=hashes.__getitem__)
         index = torch.tensor(order, device=features.device)
-        tune = self._tune_gram if plan.method == "gram" else self._tune_batch
-        batch = tune(features[index], features[index, 0], cosines[index], task.classes, plan, task.stop)
-        place = {n: at for at, n in enumerate(order)}
+        joint = [n < count or task.balanced[n - count] for n in order]
+        now = [n < count or task.recent[n - count] for n in order]
+        if plan.method == "gram":
+            batch = self._tune_gram(
+                features[index], features[index, 0], cosines[index], task.classes, plan, task.stop, joint, now
+            )
+            shown = [n for n, here in zip(order, now, strict=True) if here]
+        else:
+            own = index[torch.tensor(joint, device=index.device)]
+            batch = self._tune_batch(features[own], features[own, 0], cosines[own], task.classes, plan, task.stop)
+            shown = [n for n, here in zip(order, joint, strict=True) if here]
+        place = {n: at for at, n in enumerate(shown)}
         return [(batch, place[n]) for n in range(count)]
 
     def _joint(
@@ -256,17 +268,34 @@ class Tuner:
         return replace(settled, variables=joint.params, rho=joint.rho)
 
     def _tune_gram(
-        self, features: Tensor, originals: Tensor, cosines: Tensor, classes: ClassSet, plan: Plan, stop: Stop
+        self,
+        features: Tensor,
+        originals: Tensor,
+        cosines: Tensor,
+        classes: ClassSet,
+        plan: Plan,
+        stop: Stop,
+        tuned_on: Sequence[bool] | None = None,
+        now: Sequence[bool] | None = None,
     ) -> Tuned:
         """GRAM: the joint tuning, and how far the answer goes along it and along what the request's relations say.
 
-        Where the request is far from every prototype this is `_tune_batch`, bit for bit.
+        Where the request is far from every prototype this is `_tune_batch`, bit for bit. In a session the rows that are
+        `tuned_on` are those of the joint tuning, and the outcome is of the rows that are `now`, whose relations count.
         """
         assert self.weights is not None
         assert self.structure is not None
         started, watch = time.perf_counter(), _Watch([stop])
         scale, structure = self.backbone.logit_scale, self.structure
-        logits, joint, reason = self._joint(features, originals, cosines, classes, plan, watch)
+        if tuned_on is None or now is None or (all(tuned_on) and all(now)):
+            logits, joint, reason = self._joint(features, originals, cosines, classes, plan, watch)
+        else:
+            rows = torch.tensor(tuned_on, device=features.device)
+            _, joint, reason = self._joint(features[rows], originals[rows], cosines[rows], classes, plan, watch)
+            rows = torch.tensor(now, device=features.device)
+            features, originals, cosines = features[rows], originals[rows], cosines[rows]
+            assert plan.host is not None
+            logits = self.hosts[plan.host].logits(joint.params, originals[None], classes)[0]
         base = cosines * scale
         guarded = objectives.accepted(base, logits, originals)
         plain = self._settle(logits, cosines, guarded, reason, plan.views, started, watch)

@@ -22,6 +22,12 @@ def seen(count: int, seed: int = 0) -> tuple[Tensor, list[bytes]]:
     return F.normalize(made, dim=-1), [hashlib.sha256(f"{seed} {n}".encode()).digest() for n in range(count)]
 
 
+def balanced(kept: Memory) -> set[bytes]:
+    """Hashes of what is held balanced."""
+    snapshot = kept.snapshot()
+    return {h for h, held in zip(snapshot.sha256, snapshot.balanced, strict=True) if held}
+
+
 def memory(classes: int = 4, capacity: int = 16) -> Memory:
     return Memory(classes, views=VIEWS, dim=DIM, capacity=capacity)
 
@@ -48,10 +54,21 @@ def test_no_class_outgrows_its_quota_and_a_flood_drives_nobody_out() -> None:
     flood, more = seen(500, seed=1)
     kept.add(flood, more, [2] * 500)
     assert kept.counts == [2, 2, 4, 2]
-    assert set(hashes) - {h for h, label in zip(hashes, [0, 1, 2, 3] * 2, strict=True) if label == 2} <= set(
-        kept.snapshot().sha256
-    )
-    assert kept.nbytes == len(kept) * VIEWS * DIM * 4 <= kept.most_bytes
+    others = {h for h, label in zip(hashes, [0, 1, 2, 3] * 2, strict=True) if label != 2}
+    assert others <= balanced(kept)
+    assert kept.nbytes == len(kept.snapshot().sha256) * VIEWS * DIM * 4 <= kept.most_bytes
+
+
+def test_the_latest_are_held_besides_whatever_they_are() -> None:
+    kept = memory()
+    views, hashes = seen(100)
+    for n in range(100):
+        kept.add(views[n : n + 1], hashes[n : n + 1], [0])
+    snapshot = kept.snapshot()
+    recent = {h for h, held in zip(snapshot.sha256, snapshot.recent, strict=True) if held}
+    assert recent == set(hashes[-16:])
+    assert len(balanced(kept)) == len(kept) == 4
+    assert len(snapshot.sha256) == len(recent | balanced(kept))
 
 
 def test_a_full_class_keeps_a_fair_sample_of_all_that_came() -> None:
@@ -61,7 +78,7 @@ def test_a_full_class_keeps_a_fair_sample_of_all_that_came() -> None:
         kept = memory(classes=1, capacity=8)
         views, hashes = seen(40, seed=1000 + stream)
         kept.add(views, hashes, [0] * 40)
-        held += torch.tensor([float(h in kept.snapshot().sha256) for h in hashes])
+        held += torch.tensor([float(h in balanced(kept)) for h in hashes])
     early, late = held[:20].sum() / held.sum(), held[20:].sum() / held.sum()
     assert 0.25 < float(early) < 0.75  # the oldest goes first, so late ones have some advantage, no more
     assert float(early + late) == pytest.approx(1)

@@ -19,9 +19,10 @@ from gram_core import baselines, gram
 from gram_core.classifier import Classifier, Seen
 from gram_core.errors import InvalidConfig
 from gram_core.evaluate.features import PLAIN, Views
+from gram_core.memory import Memory
 from gram_core.prompts import METHODS as HOSTS
 from gram_core.text import ClassSet
-from gram_core.types import Params, Tuning
+from gram_core.types import Adaptation, Params, Tuning
 from prototypes.hierarchy import MODE
 
 EPISODE_TEXTS = 512  # class texts tuned in one pass; bounds the memory of per-image tuning
@@ -96,9 +97,8 @@ def _served(method: str, scope: str, scene: Scene, seen: Seen, host: str | None 
     tuning = Tuning(method=method, scope=scope, host=host, views=seen.views.shape[1])
     plan = classifier.plan(tuning, len(seen.views), scene.classes)
     results = classifier.answer(seen, scene.classes, plan)
-    reports = [r.adaptation for r in results]
-    told = [r.status if r.reason in (None, "not_accepted") else f"{r.status}/{r.reason}" for r in reports]
-    return Outcome(torch.stack([torch.from_numpy(r.scores()) for r in results]), Counter(told))
+    told = Counter(_told(r.adaptation) for r in results)
+    return Outcome(torch.stack([torch.from_numpy(r.scores()) for r in results]), told)
 
 
 def _ensemble(scene: Scene, seen: Seen) -> Tensor:
@@ -138,6 +138,36 @@ def _tda(scene: Scene, seen: Seen, state: State) -> tuple[Outcome, State]:
         bank, p = baselines.tda(bank, feature, texts, scene.scale)
         rows.append(p)
     return Outcome(torch.stack(rows)), bank
+
+
+def _session(method: str, scene: Scene, seen: Seen, state: State) -> tuple[Outcome, State]:
+    """What the server answers within a session: tuned with the images that its memory keeps, which then takes these."""
+    classifier, classes = scene.classifier, scene.classes
+    _, views, dim = seen.views.shape
+    memory = state if state is not None else Memory(len(classes), views=views, dim=dim)
+    plan = classifier.plan(Tuning(method=method, views=views), len(seen.views) + len(memory), classes)
+    results = classifier.answer(seen, classes, plan, memory.snapshot())
+    memory.add(seen.views, seen.sha256, [int(r.baseline_cosines.argmax()) for r in results])
+    told = Counter(_told(r.adaptation) for r in results)
+    return Outcome(torch.stack([torch.from_numpy(r.scores()) for r in results]), told), memory
+
+
+def _plain_session(scene: Scene, seen: Seen, state: State) -> tuple[Outcome, State]:
+    """What a trial found: plain information maximisation on a balanced memory and the request, every image tuned."""
+    _, views, dim = seen.views.shape
+    memory = state if state is not None else Memory(len(scene.classes), views=views, dim=dim)
+    kept = memory.snapshot().without(seen.sha256, views)
+    rows = [n for n, held in enumerate(kept.balanced) if held]
+    together = torch.cat([seen.views, kept.views[rows].to(seen.views)])
+    p = _infomax("residual", False, scene, Seen(together, (*seen.sha256, *(kept.sha256[n] for n in rows))))
+    labels = (seen.originals @ scene.texts.T).argmax(-1).tolist()
+    memory.add(seen.views, seen.sha256, labels)
+    return Outcome(p[: len(seen.views)]), memory
+
+
+def _told(report: Adaptation) -> str:
+    plain = report.reason in (None, "not_accepted")
+    return report.status if plain else f"{report.status}/{report.reason}"
 
 
 def _controlled(kind: str, scene: Scene, seen: Seen) -> Outcome:
@@ -196,6 +226,10 @@ def _infomax(host: str, rooted: bool, scene: Scene, seen: Seen) -> Tensor:
 
 def _joint(label: str, answer: Answer, host: str = "residual") -> Method:
     return Method(label=label, paper="docs/method.md, eq. 1 to 4", unit="batch", sees="mild", answer=answer, host=host)
+
+
+def _nothing(scene: Scene, seen: Seen) -> Tensor:
+    raise NotImplementedError
 
 
 def _gram(label: str, answer: Callable[[Scene, Seen], Tensor | Outcome]) -> Method:
@@ -293,6 +327,9 @@ METHODS: dict[str, Method] = {
         tuning="gram",
         answer=_alone(partial(_served, "gram", "image")),
     ),
+    "infomax-plain-session": replace(_joint("infomax, plain, in a session", _plain_session), unit="stream"),
+    "gram-session": replace(_gram("GRAM in a session", _nothing), unit="stream", answer=partial(_session, "gram")),
+    "infomax-session": replace(_joint("infomax in a session", partial(_session, "infomax")), unit="stream"),
     "gram-permuted": _gram("GRAM, prototypes permuted at test time", partial(_controlled, "permuted")),
     "gram-random": _gram("GRAM, random prototypes at test time", partial(_controlled, "random")),
     "gram-start": _gram("GRAM, the amounts that training starts from", partial(_controlled, "start")),
