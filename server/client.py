@@ -233,9 +233,8 @@ def _refusal(answer: httpx.Response) -> GramError | None:
         if answer.is_success and isinstance(body, dict):
             return None
         code, message = (str(body["error"][name]) for name in ("code", "message"))
-    after = answer.headers.get("retry-after", "")
-    seconds = int(after) if after.isascii() and after.isdigit() else 0
-    return GramError(answer.status_code, code, answer.headers.get("x-request-id"), message, seconds)
+    tag, after = answer.headers.get("x-request-id"), answer.headers.get("retry-after", "")
+    return GramError(answer.status_code, code, tag, message, int(after) if after.isdecimal() else 0)
 
 
 def _listed(images: Any) -> list[Any]:
