@@ -51,7 +51,7 @@ class Text:
         else:
             before = f" (zero-shot: {row['baseline']['label']} {row['baseline']['score']:.3f})" if changed(row) else ""
             said = f"{row['label']} {row['score']:.3f}{before}"
-        print(f"{row['path']}: {said}", file=self.file)  # noqa: T201  # to a file that was asked for
+        print(f"{row['path']}: {said}", file=self.file)
 
     def end(self, told: Mapping[str, Any]) -> None:
         """Nothing to say."""
