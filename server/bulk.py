@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from server.sheets import Sheet, changed
 from server.sorting import Sorter
 
 MAGIC_BYTES = 12
+NUMBERED = re.compile(r"^image \d+\b")
 ONE_REQUEST = frozenset({408, 413, 429, 500, 503, 504})  # refusals that say nothing about the requests to come
 PATIENCE = 5  # times the server's longest deadline: a request and its retries
 
@@ -163,6 +165,9 @@ async def _answered(
     divisible: bool,
 ) -> AsyncIterator[Part]:
     bodies = await asyncio.to_thread(_read, piece, limits["max_image_bytes"])
+    refused = [body for body in bodies if not isinstance(body, bytes)]
+    if refused and options.get("errors") == "fail":
+        raise GramError(0, refused[0][0], None, refused[0][1])
     good = [body for body in bodies if isinstance(body, bytes)]
     answer: Any = None
     failure: tuple[str, str] | None = None
@@ -186,7 +191,10 @@ async def _answered(
     rows = []
     for path, body in zip(piece, bodies, strict=True):
         if isinstance(body, bytes) and failure is None:
-            rows.append({"path": str(path), **next(results)})
+            row = {"path": str(path), **next(results)}
+            if row["error"] is not None:  # which counts images of its request
+                row["error"] = {**row["error"], "message": NUMBERED.sub("the image", row["error"]["message"], count=1)}
+            rows.append(row)
         else:
             code, message = failure if isinstance(body, bytes) and failure else body
             rows.append(

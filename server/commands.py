@@ -37,7 +37,7 @@ TOLD = 20  # names of files that were left out
 
 @dataclass(frozen=True)
 class Place:
-    """Who answers: the server at `url`, or, `here`, this process with `flags` of `gram serve`; else whoever is there."""
+    """Who answers: the server at `url`, or, if `here`, this process with `flags` of `gram serve`; else who is there."""
 
     url: str | None = None
     here: bool = False
@@ -121,7 +121,8 @@ def classify_images(asked: Classify) -> int:
             code = _run(work(file, progress), said)
     except OSError as error:
         return _end(said, USAGE, f"{asked.out}: {error.strerror}.")
-    _summary(said, tally, asked)
+    if tally.images:
+        _summary(said, tally, asked)
     _left_out(said, found.left_out)
     return code or (FAILED if tally.failed or tally.unsorted else OK)
 
@@ -256,7 +257,7 @@ def _left_out(said: Console, files: Sequence[Path]) -> None:
     if files:
         more = f" and {len(files) - TOLD} more" if len(files) > TOLD else ""
         named = ", ".join(str(file) for file in files[:TOLD])
-        _say(said, f"left out {len(files)} files that are no JPEG, PNG or WEBP: {named}{more}")
+        _say(said, f"left out because no JPEG, PNG or WEBP, {len(files)}: {named}{more}")
 
 
 def _say(said: Console, line: str) -> None:
