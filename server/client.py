@@ -155,9 +155,8 @@ class _Client:
         until, answers = time.monotonic() + timeout, list[Any]()
         kind, limit = ("text", "max_texts") if images is None else ("image", "max_images")
         items = texts if images is None else (base64.b64encode(encode(image)).decode() for image in _listed(images))
-        bounds = yield from self._bounds(until)
-        room = bounds["max_body_bytes"] - AROUND
-        for piece in pieces(items, lambda text: len(json.dumps(text)) + 2, bounds[limit], room):
+        most, room = (bounds := (yield from self._bounds(until)))[limit], bounds["max_body_bytes"] - AROUND
+        for piece in pieces(items, lambda text: len(json.dumps(text)) + 2, most, room):
             question = {"input": piece, "modality": kind}
             answers.append((yield from _ask(until, "POST", "/v1/embeddings", json=question)))
         return _joined(answers, "data")
@@ -243,8 +242,9 @@ def _listed(images: Any) -> list[Any]:
 
 
 def _joined(answers: list[Any], rows: str) -> Any:
-    every = [row for answer in answers for row in answer[rows]]
+    every = (row for answer in answers for row in answer[rows])
     whole = {**answers[0], rows: [{**row, "index": index} for index, row in enumerate(every)]}
     for name in {"usage", "timings_ms"} & whole.keys():
-        whole[name] = {key: sum(answer[name].get(key, 0) for answer in answers) for key in whole[name]}
+        joins = {key: max if key == "brownout" else sum for key in whole[name]}
+        whole[name] = {key: join(answer[name].get(key, 0) for answer in answers) for key, join in joins.items()}
     return whole

@@ -26,7 +26,7 @@ from gram_core.errors import GramError as CoreError
 from server import bench, bulk, local
 from server.client import AsyncGramClient, GramError
 from server.settings import InvalidSettings
-from server.sheets import SHEETS
+from server.sheets import SHEETS, printable
 from server.sorting import Sorter
 
 OK, FAILED, USAGE, BAD_MODEL, INTERRUPTED = 0, 1, 2, 65, 130
@@ -256,7 +256,7 @@ def _scores(made: Sequence[Mapping[str, Any]]) -> Table:
 def _left_out(said: Console, files: Sequence[Path]) -> None:
     if files:
         more = f" and {len(files) - TOLD} more" if len(files) > TOLD else ""
-        named = ", ".join(str(file) for file in files[:TOLD])
+        named = ", ".join(printable(str(file)) for file in files[:TOLD])
         _say(said, f"left out because no JPEG, PNG or WEBP, {len(files)}: {named}{more}")
 
 

@@ -51,7 +51,7 @@ class Text:
         else:
             before = f" (zero-shot: {row['baseline']['label']} {row['baseline']['score']:.3f})" if changed(row) else ""
             said = f"{row['label']} {row['score']:.3f}{before}"
-        print(f"{row['path']}: {said}", file=self.file)
+        self.file.write(f"{printable(row['path'])}: {said}\n")
 
     def end(self, told: Mapping[str, Any]) -> None:
         """Nothing to say."""
@@ -116,6 +116,11 @@ SHEETS: dict[str, type[Text]] = {"text": Text, "json": Json, "jsonl": JsonLines,
 def changed(row: Row) -> bool:
     """Whether adaptation gave the image another label than zero-shot."""
     return row["baseline"] is not None and row["label"] != row["baseline"]["label"]
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _json(value: Mapping[str, Any]) -> str:
