@@ -126,7 +126,9 @@ def classify(
         str, typer.Option(help="per_item: a bad image is told and the rest goes on; fail: it ends the run.")
     ] = "per_item",
 ) -> None:
-    """Classify images, before and after adaptation, by a server or in this process.
+    """Classify images, before and after adaptation.
+
+    A running server answers, or else this process.
 
     Images that arrive in one request are adapted to together (scope batch, or auto from 8 images on). Exit code 1 if an
     image failed, 2 for a wrong option, 130 if interrupted.
@@ -189,7 +191,7 @@ def evaluate(
 
 @app.command(context_settings=PASSED_ON, add_help_option=False)
 def train(context: typer.Context) -> None:
-    """Learn a checkpoint from image-text pairs: python -m gram_core.train."""
+    """Learn a checkpoint: python -m gram_core.train."""
     from gram_core.train import main as learn
 
     raise typer.Exit(learn(context.args))
@@ -197,7 +199,7 @@ def train(context: typer.Context) -> None:
 
 @app.command(context_settings=PASSED_ON)
 def tune(context: typer.Context) -> None:
-    """Few-shot prompts from labelled images, once there is such a thing."""
+    """Few-shot tuning; does not exist yet."""
     if importlib.util.find_spec("gram_core.tune") is None:
         typer.echo("few-shot tuning does not exist yet; gram train learns from image-text pairs.", err=True)
         raise typer.Exit(USAGE)
@@ -219,7 +221,9 @@ def bench_(
     seed: Annotated[int, typer.Option(help="Seed of arrivals and pictures.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Load on a running server: Poisson arrivals, percentiles, goodput and refusals.
+    """Put load on a running server, and time it.
+
+    Poisson arrivals; percentiles of answered requests, goodput, refusals.
 
     Exit code 1 if no request was answered.
     """
@@ -247,7 +251,9 @@ def pull(
     name: Annotated[str, typer.Argument(metavar="NAME", help="As GRAM_MODEL: NAME/TAG or hf-hub:ORG/REPO.")],
     model_dir: Annotated[Path | None, typer.Option(help="Where models lie, as GRAM_MODEL_DIR.")] = None,
 ) -> None:
-    """Fetch a model, so that a server that is offline has it; prints the SHA-256 of its weights.
+    """Fetch a model for servers that are offline.
+
+    Prints the SHA-256 of its weights and its name.
 
     Exit code 65 if it can't be had.
     """
