@@ -39,10 +39,11 @@ from gram_core.explain import explained
 from gram_core.gram import Structure
 from gram_core.images import DecodedImage
 from gram_core.learned import INFOMAX, TPT, Learned, TuneConfig, config_of, load_learned
+from gram_core.memory import Memory, Snapshot
 from gram_core.pace import Line, Pace, key
 from gram_core.prompts import METHODS, PromptMethod
 from gram_core.text import ClassSet, TextEncoder
-from gram_core.tuner import Seen, Task, Tuned, Tuner
+from gram_core.tuner import Seen, Task, Tuned, Tuner, never
 from gram_core.types import (
     Adaptation,
     Answer,
@@ -367,6 +368,18 @@ class Classifier:
         """The plan, or the largest smaller one that `budget_s` seconds are enough for; see `Pace.fit`."""
         return self.pace.fit(plan, images, len(classes), budget_s, why, self.tuner.group_of(classes))
 
+    def warm(self, class_set: str) -> bool:
+        """Whether the features of the class set with this id are kept."""
+        return self.texts.holds(class_set)
+
+    def session(self, classes: ClassSet, capacity: int, views: int) -> Memory:
+        """An empty memory for a session on these classes."""
+        return Memory(len(classes), views=views, dim=self.info.joint_dim, capacity=capacity)
+
+    def restored(self, data: bytes) -> tuple[Memory, dict[str, str]]:
+        """A session's memory from `Memory.dump`; raises InvalidMemory."""
+        return Memory.restore(data)
+
     def memory(self) -> dict[str, float]:
         """Bytes held, by kind: class features kept, and what is allocated and reserved on a CUDA device."""
         held = {"text_cache": float(self.texts.held_bytes)}
@@ -420,9 +433,13 @@ class Classifier:
             stops = [partial(_since, there, work.stop) for work in works]
             fallen: dict[int, Exception] = {}
             wanted = [work for n, work in enumerate(works) if n in cosines]
-            predicted = sum(self.seconds(work.plan, len(work.images), work.classes) for work in wanted)
+            predicted = sum(self.seconds(work.plan, work.together, work.classes) for work in wanted)
             seen, stopped = self._look(works, rows, {n: stops[n] for n in cosines}, fallen)
-            tasks = {n: Task(s, cosines[n], works[n].classes, works[n].plan, stops[n]) for n, s in seen.items()}
+            tasks = {
+                n: Task(s, cosines[n], works[n].classes, works[n].plan, stops[n], *self._recall(works[n], s))
+                for n, s in seen.items()
+                if works[n].plan.skip is None
+            }
             tuned = self._tuned(tasks, fallen)
             for n, work in enumerate(works):
                 if n in failed or n in made:
@@ -445,7 +462,12 @@ class Classifier:
             views_ = work.plan.views if n in seen else 1
             texts = (0 if cached[n] else work.classes.texts) + (self._text_passes(work, tuned[n]) if n in tuned else 0)
             cache = "hit" if cached[n] else "miss"
-            answers.append(Answer(tuple(made[n]), cache, len(work.images) * views_, texts, dict(clock.laps)))
+            answer = Answer(tuple(made[n]), cache, len(work.images) * views_, texts, dict(clock.laps))
+            if work.memory is not None:
+                answer = replace(answer, seen=seen.get(n))
+            if work.features:
+                answer = replace(answer, features=(_array(rows[n]), _array(self.texts.features(work.classes))))
+            answers.append(answer)
         return answers
 
     def _tell_early(
@@ -459,7 +481,7 @@ class Classifier:
         n: int,
     ) -> None:
         """Zero-shot: all there will be of a work that is not tuned, else what to say if time runs out."""
-        final = work.plan.skip is not None
+        final = work.final
         if not final and work.early is None:
             return
         results = self._untuned(originals, cosines, work if final else replace(work, explain=False), "deadline")
@@ -485,14 +507,16 @@ class Classifier:
                 raise failed[0]
             return replace(_seen(originals, crops, images), cut_ms=laps.get("cut", 0.0))
 
-    def answer(self, seen: Seen, classes: ClassSet, plan: Plan) -> tuple[ImageResult, ...]:
+    def answer(
+        self, seen: Seen, classes: ClassSet, plan: Plan, memory: Snapshot | None = None
+    ) -> tuple[ImageResult, ...]:
         """`classify` on features that are there already, bit for bit."""
         with _device_errors(), torch.no_grad():
             cosines = self._cosines(seen.originals, self.texts.features(classes))
-            work = Work((), classes, plan)
+            work = Work((), classes, plan, memory=memory)
             if plan.skip:
                 return tuple(self._untuned(seen.originals, cosines, work))
-            (tuned,) = self.tuner.tune([Task(seen, cosines, classes, plan)])
+            (tuned,) = self.tuner.tune([Task(seen, cosines, classes, plan, never, *self._recall(work, seen))])
             if isinstance(tuned, Exception):
                 raise tuned
             return tuple(self._results(seen, cosines, work, tuned))
@@ -612,10 +636,20 @@ class Classifier:
             )
         return f"no such method on this model; choose {', '.join(methods)}."
 
+    def _recall(self, work: Work, seen: Seen) -> tuple[Seen, Tensor] | tuple[None, None]:
+        """Of a session's memory what is not among the images themselves, and its cosines; nothing outside of one."""
+        if work.memory is None:
+            return None, None
+        others = work.memory.without(seen.sha256, seen.views.shape[1])
+        if not others.sha256:
+            return None, None
+        kept = Seen(others.views.to(seen.views), others.sha256)
+        return kept, self._cosines(kept.originals, self.texts.features(work.classes))
+
     def _cosines(self, features: Tensor, base: Tensor) -> Tensor:
         """(B, K) in the fixed image shape, so that a row has the same bits whatever B is."""
         chunk = self.backbone.image_chunk
-        rows = []
+        rows = [features.new_zeros(0, len(base))]
         for start in range(0, len(features), chunk):
             part = features[start : start + chunk]
             padded = torch.cat([part, part.new_zeros(chunk - len(part), part.shape[1])])
@@ -639,7 +673,9 @@ class Classifier:
                 stopped[n] = reason
             return reason is None
 
-        wanted = [n for n in stops if not works[n].plan.skip]
+        wanted = [
+            n for n in stops if not works[n].plan.skip or (works[n].memory is not None and works[n].plan.views > 1)
+        ]
         cuts = [(n, image) for n in wanted for image in works[n].images]
         crops: dict[int, list[Tensor]] = {n: [] for n in wanted}
         looks = {n: _Look.of(works[n].plan, self.configs) for n in wanted}
@@ -789,6 +825,8 @@ class Classifier:
 
     def _original_features(self, images: Sequence[Prepared]) -> Tensor:
         """(B, D) features of the originals."""
+        if not images:
+            return torch.zeros(0, self.info.joint_dim, device=self.backbone.device)
         return self.backbone.encode_images(torch.stack([i.original for i in images]))
 
     def _result(self, cosines: Tensor, tuned: Tuned, row: int, plan: Plan) -> ImageResult:

@@ -11,6 +11,7 @@ Messages say what was got, what was expected and what to do; they never echo the
       InvalidImage           bytes that are not an acceptable image
       InvalidClasses         class names, templates or sentences that can't be used
       InvalidTuning          an adaptation option outside its range
+      InvalidMemory          bytes that are no session's memory
       InvalidData            labelled images that can't be read as they were named (offline only)
       InvalidConfig          a recipe or option with an unknown name or a wrong value (offline only)
       TrainingDiverged       a loss or a gradient that is not a number             (offline only)
@@ -75,6 +76,12 @@ class InvalidClasses(GramError):
 
 class InvalidTuning(GramError):
     """An adaptation option outside its range."""
+
+    code = "invalid_request"
+
+
+class InvalidMemory(GramError):
+    """Bytes that no session exported, or that were changed since."""
 
     code = "invalid_request"
 

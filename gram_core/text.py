@@ -222,6 +222,11 @@ class ClassSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the baseline's texts, their start and end included, padding not."""
+        return sum(int((tokens != 0).sum()) for tokens, _ in self.groups)
+
 
 class TextEncoder:
     """Texts of one backbone to features, with a cache of class sets and their features bounded in bytes.
@@ -330,7 +335,11 @@ class TextEncoder:
 
     def has(self, classes: ClassSet) -> bool:
         """Whether the baseline features are in the cache."""
-        return (classes.id, "baseline") in self._cache
+        return self.holds(classes.id)
+
+    def holds(self, identity: str) -> bool:
+        """The same by id."""
+        return (identity, "baseline") in self._cache
 
     def start_context(self) -> Tensor:
         """Token embeddings (N, W) of `a photo of a`, where every context starts (CoOp, section 3.2)."""

@@ -79,13 +79,19 @@ class Tuned:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One request to tune: its features, its zero-shot cosines (B, K), and what is asked."""
+    """One request to tune: its features, its zero-shot cosines (B, K), and what is asked.
+
+    `remembered` are images of earlier requests of the same session, and `known` (M, K) their cosines: they are tuned
+    along with a batch, and get no outcome.
+    """
 
     seen: Seen
     cosines: Tensor
     classes: ClassSet
     plan: Plan
     stop: Stop = never
+    remembered: Seen | None = None
+    known: Tensor | None = None
 
 
 class _Watch:
@@ -190,10 +196,15 @@ class Tuner:
                 (self._tune_gram(seen.views[r], seen.originals[r], task.cosines[r], task.classes, plan, task.stop), 0)
                 for r in rows
             ]
-        order = sorted(range(count), key=lambda n: seen.sha256[n])
-        index = torch.tensor(order, device=seen.originals.device)
+        features, cosines, hashes = seen.views, task.cosines, list(seen.sha256)
+        if task.remembered is not None and task.known is not None:
+            features = torch.cat([features, task.remembered.views])
+            cosines = torch.cat([cosines, task.known])
+            hashes += task.remembered.sha256
+        order = sorted(range(len(hashes)), key=hashes.__getitem__)
+        index = torch.tensor(order, device=features.device)
         tune = self._tune_gram if plan.method == "gram" else self._tune_batch
-        batch = tune(seen.views[index], seen.originals[index], task.cosines[index], task.classes, plan, task.stop)
+        batch = tune(features[index], features[index, 0], cosines[index], task.classes, plan, task.stop)
         place = {n: at for at, n in enumerate(order)}
         return [(batch, place[n]) for n in range(count)]
 

@@ -88,7 +88,9 @@ class Work:
 
     `stop` is asked before views are cut and before every step, with the seconds since zero-shot was there: why this
     request's tuning must end now, or None. `early` is given the zero-shot answer as soon as it is there: all there will
-    be where the plan tunes nothing, else what to answer when time runs out in the middle of a step.
+    be where the plan tunes nothing, else what to answer when time runs out in the middle of a step. With a `memory`
+    (`gram_core.memory.Snapshot`) its images are tuned along, and the answer holds what was seen of these. Without
+    images only the class features are computed; where `features` is true the answer holds them and the originals'.
     """
 
     images: Sequence[Any]
@@ -97,6 +99,18 @@ class Work:
     explain: bool = False
     stop: Callable[[float], str | None] = never
     early: Callable[[Answer], None] | None = None
+    memory: Any = None
+    features: bool = False
+
+    @property
+    def together(self) -> int:
+        """Images that a joint tuning sees."""
+        return len(self.images) + (0 if self.memory is None else len(self.memory.sha256))
+
+    @property
+    def final(self) -> bool:
+        """Whether zero-shot is all that there will be."""
+        return self.plan.skip is not None and self.memory is None and not self.features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,13 +205,19 @@ class ImageResult:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """One result per image, in the order they were given, and what it cost."""
+    """One result per image, in the order they were given, and what it cost.
+
+    `seen` are the images' features for the memory of a session (`gram_core.tuner.Seen`), where the work had one and
+    they were looked at; `features` are unit (B, D) of the originals and (K, D) of the classes, where asked for.
+    """
 
     results: tuple[ImageResult, ...]
     text_cache: str
     image_passes: int
     text_passes: int
     timings_ms: dict[str, float] = field(default_factory=dict)
+    seen: Any = None
+    features: tuple[FloatArray, FloatArray] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

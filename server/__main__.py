@@ -24,8 +24,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from gram_core.errors import DeviceError, GramError, WeightsChanged
-from server.app import Service, create_app
+from server.app import create_app
 from server.logs import last_words, log_to_stderr
+from server.service import Service
 from server.settings import InvalidSettings, Settings, read_settings, usage
 from server.wire import http_config
 

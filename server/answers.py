@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -17,8 +17,10 @@ from pydantic import BaseModel, ConfigDict
 from gram_core.types import Adaptation, Answer, Explanation, FloatArray, ImageResult, ModelInfo, Plan
 from server.errors import ApiError
 from server.replay import token
+from server.schemas import Question
 
 DIGITS = 6  # of what an explanation says
+NOTHING = Plan(method="none", host=None, scope="image", steps=0, views=1, seed=0, skip="none_requested")
 MAX_TOLD_NAME = 80  # characters of a prototype's name
 
 
@@ -72,6 +74,7 @@ class Result(Strict):
 
     index: int
     id: str | None
+    class_set: str | None
     label: str | None
     score: float | None
     error: ItemError | None
@@ -109,6 +112,14 @@ class Usage(Strict):
     brownout: int
 
 
+class SessionUsed(Strict):
+    """The session that the request named, after it: images that it holds, and how many of these it took."""
+
+    id: str
+    images: int
+    added: int
+
+
 class ClassifyAnswer(Strict):
     """The answer of `/v1/classify`."""
 
@@ -117,6 +128,7 @@ class ClassifyAnswer(Strict):
     created: int
     model: ModelName
     class_set: ClassSetUsed
+    session: SessionUsed | None
     results: list[Result]
     usage: Usage
     timings_ms: Mapping[str, float]
@@ -139,39 +151,67 @@ class ErrorAnswer(Strict):
     error: ErrorFacts
 
 
+@dataclass(eq=False)
+class Group:
+    """Images of one request that are asked about the same classes: they are planned, run and tuned together.
+
+    `where` are their places in the request, `hashes` of those that were run; `level` of the brown-out, 0 where that
+    took nothing away.
+    """
+
+    class_set: Any
+    where: list[int]
+    plan: Plan = NOTHING
+    level: int = 0
+    hashes: list[bytes] = field(default_factory=list)
+    answer: Answer | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """One request: for each image what was prepared, or the `ApiError` that it got instead, and its groups."""
+
+    items: Sequence[Any]
+    groups: Sequence[Group]
+    cost: float
+
+    def results(self) -> list[tuple[ImageResult, Group] | None]:
+        """Each image's result, None where it has none."""
+        found: list[tuple[ImageResult, Group] | None] = [None] * len(self.items)
+        for group in self.groups:
+            answered = iter(group.answer.results if group.answer is not None else ())
+            for n in group.where:
+                if not isinstance(self.items[n], ApiError):
+                    found[n] = next(answered), group
+        return found
+
+
 def classification(
     *,
     request_id: str,
     created: int,
     model: ModelInfo,
-    class_set: Any,
-    score: str,
-    top_k: int | None,
-    items: Sequence[tuple[str | None, Any]],
-    answer: Answer | None,
-    plan: Plan,
-    cost: float,
-    brownout: int,
+    question: Question,
+    names: Sequence[str | None],
+    outcome: Outcome,
     timings_ms: Mapping[str, float],
+    session: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The JSON of `ClassifyAnswer`.
-
-    `plan` is what was run, at a level of the brown-out (0: that took nothing away). `items` are the caller's id and
-    the prepared image, or the `ApiError` that it got instead; `answer` holds one result for each prepared image, in
-    order, and is None if there was none.
-    """
-    answered = iter(answer.results if answer is not None else ())
-    hashes = [image.sha256 for _, image in items if not isinstance(image, ApiError)]
+    """The JSON of `ClassifyAnswer`; `names` are the caller's own of its images."""
     results: list[dict[str, Any]] = []
-    for index, (name, image) in enumerate(items):
+    for index, (name, image, found) in enumerate(zip(names, outcome.items, outcome.results(), strict=True)):
         head = {"index": index, "id": name}
-        if isinstance(image, ApiError):
+        if found is None:
             results.append({**head, **EMPTY, "error": {"code": image.code, "message": image.message}})
         else:
-            result = next(answered)
-            together = [image.sha256] if plan.scope == "image" else hashes
-            again = token(result.adaptation, plan, model, class_set.id, together)
-            results.append({**head, **_result(result, image, class_set.names, score, top_k, again)})
+            result, group = found
+            together = [image.sha256] if group.plan.scope == "image" else group.hashes
+            again = token(result.adaptation, group.plan, model, group.class_set.id, together)
+            body = _result(result, image, group.class_set.names, question.score, question.top_k, again)
+            results.append({**head, "class_set": group.class_set.id, **body})
+    answers = [group.answer for group in outcome.groups if group.answer is not None]
+    first = outcome.groups[0].class_set
+    cached = {answer.text_cache for answer in answers}
     body = {
         "id": request_id,
         "object": "classification",
@@ -182,18 +222,19 @@ def classification(
             "checkpoint_sha256": model.checkpoint_sha256,
         },
         "class_set": {
-            "id": class_set.id,
-            "size": len(class_set),
-            "text_cache": answer.text_cache if answer is not None else None,
+            "id": first.id,
+            "size": len(first),
+            "text_cache": None if not cached else ("hit" if cached == {"hit"} else "miss"),
         },
+        "session": session,
         "results": results,
         "usage": {
-            "images": len(items),
-            "classes": len(class_set),
-            "image_passes": answer.image_passes if answer is not None else 0,
-            "text_passes": answer.text_passes if answer is not None else 0,
-            "cost": cost,
-            "brownout": brownout,
+            "images": len(outcome.items),
+            "classes": sum(len(group.class_set) for group in outcome.groups),
+            "image_passes": sum(answer.image_passes for answer in answers),
+            "text_passes": sum(answer.text_passes for answer in answers),
+            "cost": outcome.cost,
+            "brownout": max(group.level for group in outcome.groups),
         },
         "timings_ms": {stage: round(ms, 3) for stage, ms in timings_ms.items()},
     }
@@ -201,6 +242,7 @@ def classification(
 
 
 EMPTY: dict[str, Any] = {
+    "class_set": None,
     "label": None,
     "score": None,
     "predictions": [],

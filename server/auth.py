@@ -24,7 +24,7 @@ from starlette.datastructures import Headers
 from server.errors import ApiError
 from server.settings import InvalidSettings, Settings
 
-PROBES = ("/livez", "/readyz", "/startupz", "/health", "/healthz", "/ping")
+PROBES = ("/livez", "/readyz", "/startupz", "/health", "/healthz", "/ping", "/v2/health/live", "/v2/health/ready")
 SCRAPE = "/metrics"
 LINE = re.compile(r"([A-Za-z0-9._-]{1,64}):([0-9a-f]{64})")
 PREFLIGHT = {

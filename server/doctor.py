@@ -20,8 +20,8 @@ from packaging.specifiers import SpecifierSet
 
 from gram_core.errors import GramError
 from server.__main__ import SPARE_FILES, bind
-from server.app import load_classifier
 from server.auth import read_keys
+from server.service import load_classifier
 from server.settings import InvalidSettings, Settings, UnknownFlag, read_settings
 from server.telemetry import tracing_of
 

@@ -63,6 +63,9 @@ class Classifier(Protocol):
     def fit(self, plan: Plan, images: int, classes: Any, budget_s: float, why: str) -> Plan: ...
     def run(self, works: Sequence[Work]) -> list[Answer | Exception]: ...
     def memory(self) -> Mapping[str, float]: ...
+    def warm(self, class_set: str) -> bool: ...
+    def session(self, classes: Any, capacity: int, views: int) -> Any: ...
+    def restored(self, data: bytes) -> tuple[Any, dict[str, str]]: ...
     def warm_up(self) -> None: ...
 
 
@@ -79,7 +82,8 @@ class Job:
     """One request's images, to be classified together before `deadline` (on the engine's clock).
 
     `budget_s` bounds the adaptation from the moment that zero-shot is there; a job that is `exact` is run as its plan
-    says or not at all. `early` is the zero-shot answer, once it is there.
+    says or not at all. `memory` is what its session remembers, `features` asks for the features of images and classes:
+    then the answer holds what was seen. `early` is the zero-shot answer, once it is there.
     """
 
     place: Place
@@ -90,11 +94,18 @@ class Job:
     explain: bool = False
     budget_s: float | None = None
     exact: bool = False
+    memory: Any = None
+    features: bool = False
     future: Future[Answer] = field(default_factory=Future)
     submitted: float = 0.0
     queue_ms: float = 0.0
     early: Answer | None = None
     left: bool = False
+
+    @property
+    def together(self) -> int:
+        """Images that its tuning sees: its own, and what its session remembers."""
+        return len(self.images) + (0 if self.memory is None else len(self.memory.sha256))
 
     def patience_s(self, now: float) -> tuple[float, str]:
         """How long its adaptation may take, and what bounds it."""
@@ -237,11 +248,18 @@ class Engine:
     @contextmanager
     def place(self, cost: float) -> Iterator[Place]:
         """Reserve `cost` or say no; given up on exit if the job never started."""
-        place = self._reserve(cost)
-        try:
+        with self.places([cost]) as (place,):
             yield place
+
+    @contextmanager
+    def places(self, costs: Sequence[float]) -> Iterator[list[Place]]:
+        """The same for the jobs of one request: all of them have a place, or none."""
+        places = self._reserve(costs)
+        try:
+            yield places
         finally:
-            self._leave(place)
+            for place in places:
+                self.leave(place)
 
     def reprice(self, place: Place, cost: float) -> None:
         """The plan changed after its place was reserved, because some of its images can't be used."""
@@ -266,16 +284,17 @@ class Engine:
                 "send fewer images or classes, or ask for fewer views or steps.",
             )
 
-    def _reserve(self, cost: float) -> Place:
-        self._check(cost)
+    def _reserve(self, costs: Sequence[float]) -> list[Place]:
+        self._check(sum(costs))
         with self._turn:
-            if not self._places or self._waiting() + cost <= self._bound():
-                place = Place(cost, self.clock())
-                self._places.add(place)
-                return place
+            if not self._places or self._waiting() + sum(costs) <= self._bound():
+                places = [Place(cost, self.clock()) for cost in costs]
+                self._places.update(places)
+                return places
         raise self.full()
 
-    def _leave(self, place: Place) -> None:
+    def leave(self, place: Place) -> None:
+        """Give a place up; harmless when repeated."""
         with self._turn:
             self._places.discard(place)
             self._turn.notify()  # a batch may be waiting for what will now never come
@@ -377,7 +396,7 @@ class Engine:
         for job in self._queue:
             try:
                 own = min(job.patience_s(now)[0], patience)
-                needed = min(classifier.seconds(job.plan, len(job.images), job.classes), job.patience_s(now)[0])
+                needed = min(classifier.seconds(job.plan, job.together, job.classes), job.patience_s(now)[0])
             except Exception:  # a bug of the model's own estimate: what it is about runs by itself, and fails alone
                 log.exception("no estimate")
                 own, needed = 0.0, math.inf
@@ -449,7 +468,7 @@ class Engine:
     def _work(self, classifier: Classifier, job: Job) -> Work:
         plan = job.plan
         if not job.exact:
-            plan = classifier.fit(plan, len(job.images), job.classes, *job.patience_s(self.clock()))
+            plan = classifier.fit(plan, job.together, job.classes, *job.patience_s(self.clock()))
 
         def stop(seconds: float) -> str | None:
             now = self._beat = self.clock()
@@ -460,12 +479,13 @@ class Engine:
 
         def early(answer: Answer) -> None:
             job.early = answer
-            if plan.skip is not None:  # that is all: nobody waits for the tunings of others
+            if work.final:  # nobody waits for the tunings of others
                 job.images = ()
                 _settle(job, answer)
 
         job.plan = plan
-        return Work(job.images, job.classes, plan, job.explain, stop, early)
+        work = Work(job.images, job.classes, plan, job.explain, stop, early, job.memory, job.features)
+        return work
 
     def _account(
         self, classifier: Classifier, jobs: Sequence[Job], outcomes: Mapping[Job, Answer | Exception], started: float
@@ -475,7 +495,7 @@ class Engine:
         answers = [outcome for outcome in found if isinstance(outcome, Answer)]
         if answers:
             self._spent = FORGET * self._spent[0] + cost, FORGET * self._spent[1] + took
-        predicted = sum(classifier.seconds(job.plan, len(job.images), job.classes) for job in jobs)
+        predicted = sum(classifier.seconds(job.plan, job.together, job.classes) for job in jobs)
         self._metrics.ran(answers, cost, [job.queue_ms for job in jobs], predicted)
         self._metrics.memory(classifier.out_of_memory, classifier.memory())
         if any(isinstance(outcome, OutOfMemory) for outcome in found):

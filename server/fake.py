@@ -7,13 +7,14 @@ wrong caller is a wrong answer. It is never used unless it is passed to `create_
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gram_core.errors import DeviceError, InvalidClasses, MethodUnavailable, OutOfMemory
+from gram_core.errors import DeviceError, InvalidClasses, InvalidMemory, MethodUnavailable, OutOfMemory
 from gram_core.images import DecodedImage
 from gram_core.types import (
     Adaptation,
@@ -52,9 +53,94 @@ class FakeClassSet:
 
     names: tuple[str, ...]
     id: str
+    spoken: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> int:
+        """One for each name."""
+        return len(self.names)
+
+    @property
+    def tokens(self) -> int:
+        """One for each word."""
+        return sum(len(text.split()) for text in self.spoken)
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+@dataclass(frozen=True)
+class FakeSeen:
+    """What a fake session keeps of images: their hashes."""
+
+    sha256: tuple[bytes, ...]
+    views: int
+
+
+class FakeMemory:
+    """The interface of `gram_core.memory.Memory`, first come, first kept."""
+
+    def __init__(self, classes: int, capacity: int, views: int) -> None:
+        self.classes, self.capacity, self.views = classes, capacity, views
+        self.kept: list[tuple[bytes, int]] = []
+        self.quota, self.drift = capacity, None
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 32 * len(self)
+
+    @property
+    def most_bytes(self) -> int:
+        """As many as a real one would hold."""
+        return self.capacity * self.views * 4 * 8
+
+    @property
+    def counts(self) -> list[int]:
+        """Images by class."""
+        return [sum(label == c for _, label in self.kept) for c in range(self.classes)]
+
+    @property
+    def digest(self) -> bytes:
+        """Tells what is held."""
+        return hashlib.sha256(b"".join(sorted(sha for sha, _ in self.kept))).digest()
+
+    def snapshot(self) -> FakeSeen:
+        """What is held now."""
+        return FakeSeen(tuple(sha for sha, _ in self.kept), self.views)
+
+    def add(self, views: int, sha256: Sequence[bytes], labels: Sequence[int]) -> int:
+        """Keep what is new, while there is room."""
+        before = len(self)
+        for sha, label in zip(sha256, labels, strict=True):
+            if views == self.views and len(self) < self.capacity and sha not in {held for held, _ in self.kept}:
+                self.kept.append((sha, label))
+        return len(self) - before
+
+    def clear(self) -> None:
+        """Forget all."""
+        self.kept.clear()
+
+    def dump(self, bound: dict[str, str]) -> bytes:
+        """As JSON."""
+        kept = [[sha.hex(), label] for sha, label in self.kept]
+        whole = {"size": [self.classes, self.capacity, self.views], "kept": kept, "bound": bound}
+        return json.dumps(whole).encode()
+
+
+def _vectors(digests: Iterable[bytes]) -> FloatArray:
+    """Unit vectors (n, 8) made of digests."""
+    rows = [[byte + 1 for byte in digest[:8]] for digest in digests]
+    made = np.array(rows, dtype=np.float32).reshape(len(rows), 8)
+    unit: FloatArray = (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float32)
+    return unit
+
+
+def _texts(classes: FakeClassSet) -> FloatArray:
+    return _vectors(hashlib.sha256(name.encode()).digest() for name in classes.spoken)
 
 
 class FakeSentinel:
@@ -113,7 +199,9 @@ class FakeClassifier:
                 message = f"class {index} needs {tokens} tokens, the text tower has {CONTEXT}."
                 raise InvalidClasses(message, code="class_text_too_long", index=index)
         names = tuple(classes)
-        return FakeClassSet(names, "cs_" + hashlib.sha256(repr((names, templates)).encode()).hexdigest()[:32])
+        spoken = tuple(" ".join(own) for own in classes.values()) if isinstance(classes, Mapping) else names
+        identity = "cs_" + hashlib.sha256(repr((names, spoken, templates)).encode()).hexdigest()[:32]
+        return FakeClassSet(names, identity, spoken)
 
     def plan(self, tuning: Tuning, images: int, classes: FakeClassSet) -> Plan:
         """The same resolution as the real one's, in short."""
@@ -156,12 +244,36 @@ class FakeClassifier:
         """No device."""
         return {}
 
+    def warm(self, class_set: str) -> bool:
+        """Nothing is ever computed."""
+        return bool(class_set)
+
+    def session(self, classes: FakeClassSet, capacity: int, views: int) -> FakeMemory:
+        """An empty memory."""
+        return FakeMemory(len(classes), capacity, views)
+
+    def restored(self, data: bytes) -> tuple[FakeMemory, dict[str, str]]:
+        """What `dump` wrote."""
+        try:
+            whole = json.loads(data)
+            made = FakeMemory(*whole["size"])
+            made.kept = [(bytes.fromhex(sha), label) for sha, label in whole["kept"]]
+            bound: dict[str, str] = whole["bound"]
+        except (ValueError, KeyError, TypeError):
+            raise InvalidMemory("this is no session that this server exported.") from None
+        return made, bound
+
     def run(self, works: Sequence[Work]) -> list[Answer | Exception]:
         """`classify` for each; what goes wrong with one is that one's outcome."""
         made: list[Answer | Exception] = []
         for work in works:
             try:
-                made.append(self.classify(work.images, work.classes, work.plan, explain=work.explain))
+                answer = self.classify(work.images, work.classes, work.plan, explain=work.explain)
+                if work.memory is not None and work.plan.views > 1:
+                    answer = replace(answer, seen=FakeSeen(tuple(i.sha256 for i in work.images), work.plan.views))
+                if work.features:
+                    answer = replace(answer, features=(_vectors(i.sha256 for i in work.images), _texts(work.classes)))
+                made.append(answer)
             except DeviceError:
                 raise
             except Exception as error:

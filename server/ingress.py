@@ -142,6 +142,7 @@ class Ingress:
             if status == CLIENT_GONE:  # nothing has been sent yet
                 await refuse(error if isinstance(error, ApiError) else internal())
         finally:
+            route = str(getattr(scope.get("route"), "path", route))
             self.metrics.inflight.dec()
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.request_seconds.labels(route).observe(exchange.elapsed_ms() / 1000)

@@ -63,6 +63,7 @@ class Metrics:
         self.out_of_memory = counter("out_of_memory_total", "Runs without enough memory.", "recovered")
         self._memory_seen = {True: 0, False: 0}
         self.device_memory = Gauge("gram_device_memory_bytes", "On the device.", ["kind"], registry=registry)
+        self.session_evictions = counter("session_evictions_total", "Sessions that ended.", "reason")
         self.text_cache_bytes = Gauge(
             "gram_text_cache_bytes", "Tokens and features of classes kept.", registry=registry
         )
@@ -104,12 +105,13 @@ class Metrics:
             else:
                 self.device_memory.labels(kind).set(size)
 
-    def observe(self, answer: Answer, stages_ms: Mapping[str, float]) -> None:
+    def observe(self, answers: Sequence[Answer], stages_ms: Mapping[str, float]) -> None:
         """Count one answered request and the adaptation of each of its images."""
-        self.text_cache.labels(answer.text_cache).inc()
+        for answer in answers:
+            self.text_cache.labels(answer.text_cache).inc()
         for stage, ms in stages_ms.items():
             self.stage_seconds.labels(stage).observe(ms / 1000)
-        for result in answer.results:
+        for result in (result for answer in answers for result in answer.results):
             did = result.adaptation
             self.adaptation.labels(did.method, did.scope, did.status, did.reason or "").inc()
             self.adaptation_steps.labels(did.method).observe(did.steps)

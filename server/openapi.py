@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,11 +16,13 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
+from starlette.responses import Response
 
 from gram_core.types import ModelInfo
 from server.answers import ErrorAnswer
 from server.errors import STATUS
 from server.schemas import Adaptation, ClassifyRequest, Name, Question, Template
+from server.shapes import ClassSetAsked, EmbeddingsAsked, HuggingFaceAsked, SessionAsked
 
 REFERENCE = "#/components/schemas/"
 BINARY = {"type": "string", "format": "binary"}
@@ -87,7 +90,16 @@ class Info(BaseModel):
     uptime_seconds: float
 
 
-ASKED: tuple[type[BaseModel], ...] = (ClassifyRequest, Question, Adaptation)
+ASKED: tuple[type[BaseModel], ...] = (
+    ClassifyRequest,
+    Question,
+    Adaptation,
+    ClassSetAsked,
+    SessionAsked,
+    HuggingFaceAsked,
+    EmbeddingsAsked,
+)
+PLACE = re.compile(r"\{(\w+)\}")
 ANSWERED: tuple[type[BaseModel], ...] = (ErrorAnswer, Alive, Ready, Started, Info)
 
 
@@ -95,9 +107,9 @@ ANSWERED: tuple[type[BaseModel], ...] = (ErrorAnswer, Alive, Ready, Started, Inf
 
 
 def classify(answer: type[BaseModel]) -> dict[str, Any]:
-    """A classification: three forms of a request, and every error but those of unknown paths and methods."""
+    """A classification: three forms of a request, and every error but that of another method."""
     return {
-        "responses": {**ok(answer), **errors(*sorted({*STATUS.values()} - {404, 405}))},
+        "responses": {**ok(answer), **errors(*sorted({*STATUS.values()} - {405}))},
         "openapi_extra": {
             "parameters": [*_headers(), *_query_fields()],
             "requestBody": request_body(),
@@ -108,7 +120,7 @@ def classify(answer: type[BaseModel]) -> dict[str, Any]:
 
 def probe(path: str) -> dict[str, Any]:
     """A probe: the same body whether its answer is yes (200) or no (503)."""
-    answers: dict[str, type[BaseModel]] = {"/livez": Alive, "/startupz": Started}
+    answers: dict[str, type[BaseModel]] = {"/livez": Alive, "/v2/health/live": Alive, "/startupz": Started}
     answer = answers.get(path, Ready)
     no = {503: {**_json("No.", answer), "headers": _answer_headers(200)}}
     return {"responses": {**ok(answer), **errors(*ALWAYS), **no}, "openapi_extra": {"parameters": _headers()}}
@@ -135,6 +147,35 @@ def metrics() -> dict[str, Any]:
         "responses": {**text, **errors(*ALWAYS, 401)},
         "openapi_extra": {"parameters": _headers(), "security": SECURITY},
     }
+
+
+def resource(path: str, status: int, answer: Any, asked: type[BaseModel] | bool) -> dict[str, Any]:
+    """Any other route: what it answers with `status` (None: nothing, or bytes), and its JSON body, if it has one
+    (True: bytes)."""
+    codes = {*ALWAYS, *GUARDED, 404, 503} | ({408, 409, 415, 422, 429, 501, 504} if asked else {429, 504})
+    fine: dict[int | str, dict[str, Any]]
+    if answer is not None:
+        fine = {status: {"model": answer, "headers": _answer_headers(status)}}
+    elif status == 204:
+        fine = {204: {"description": "Done.", "headers": _answer_headers(204)}}
+    else:
+        content = {"application/octet-stream": {"schema": BINARY}}
+        fine = {status: {"description": "safetensors", "content": content, "headers": _answer_headers(status)}}
+    if status == 201:
+        fine[200] = {**fine[201], "description": "It was known."}
+    more: dict[str, Any] = {
+        "parameters": [
+            *_headers(),
+            *({"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in PLACE.findall(path)),
+        ],
+        "security": SECURITY,
+    }
+    if asked is True:
+        more["requestBody"] = {"required": True, "content": {"application/octet-stream": {"schema": BINARY}}}
+    elif asked:
+        schema = {"$ref": f"{REFERENCE}{asked.__name__}"}
+        more["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return {"responses": {**fine, **errors(*sorted(codes))}, "openapi_extra": more, "response_class": Response}
 
 
 def ok(answer: type[BaseModel]) -> dict[int | str, dict[str, Any]]:

@@ -56,10 +56,11 @@ BOUNDED = {"greater_than_equal", "less_than_equal", "literal_error", "string_pat
 
 
 class Posted(NamedTuple):
-    """One image as posted: base64 text or raw bytes, and the caller's own name for it."""
+    """One image as posted: base64 text or raw bytes, the caller's own name for it, and classes of its own, if any."""
 
     data: str | bytes | bytearray
     id: str | None = None
+    classes: Any = None
 
 
 class Strict(BaseModel):
@@ -68,6 +69,7 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
+SESSION = "A session's id: its images are tuned along, and its classes are asked about."
 REPLAY = "The token of an answer; goes with no other field of this object."
 
 
@@ -154,83 +156,96 @@ class ClassSetReference(Strict):
     class_set: str
 
 
-class ImageItem(Strict):
-    """An image and the caller's own name for it."""
-
-    data: Base64
-    id: Annotated[str, Field(min_length=1, max_length=MAX_ID, pattern=rf"^{PLAIN}+$")] | None = None
-
-
 Names = Annotated[list[Name], Field(min_length=1, json_schema_extra={"uniqueItems": True})]
 Sentences = Annotated[list[Sentence], Field(min_length=1, max_length=MAX_TEXTS_PER_CLASS)]
 Described = Annotated[dict[str, Sentences], Field(min_length=1, json_schema_extra={"propertyNames": NAME})]
 Templates = Annotated[list[Template], Field(max_length=MAX_TEMPLATES)]
+CLASSES = Names | Described | ClassSetReference
+
+
+class ImageItem(Strict):
+    """An image, the caller's own name for it, and its own classes instead of the request's."""
+
+    data: Base64
+    id: Annotated[str, Field(min_length=1, max_length=MAX_ID, pattern=rf"^{PLAIN}+$")] | None = None
+    classes: CLASSES | None = None
+
+
 Images = Annotated[list[Base64 | ImageItem], Field(min_length=1)]
-Classes = list[str] | dict[str, list[str]]
+Classes = list[str] | dict[str, list[str]] | ClassSetReference
 
 
 def _classes(value: Any, info: ValidationInfo) -> Classes:
-    settings = _settings(info)
+    return read_classes(value, _settings(info))
+
+
+def read_classes(value: Any, settings: Settings, param: str = "classes", most_texts: int | None = None) -> Classes:
+    """Names, sentences by name, or a class set posted before; raises ApiError 422."""
     if isinstance(value, dict):
         if set(value) == {"class_set"} and isinstance(value["class_set"], str):
-            sentence = "this server keeps no class sets. Send the classes themselves."
-            raise ApiError("class_sets_disabled", sentence, param="classes")
+            return ClassSetReference(class_set=value["class_set"])
     elif not isinstance(value, list):
-        raise _invalid("must be a list of names, or an object of names and their sentences", "classes")
+        raise _invalid("must be a list of names, or an object of names and their sentences", param)
     if len(value) > settings.max_classes:
         sentence = f"{len(value)} classes, the limit is {settings.max_classes} (GRAM_MAX_CLASSES)."
-        raise ApiError("too_many_classes", sentence, param="classes")
-    names = _names(list(value))
+        raise ApiError("too_many_classes", sentence, param=param)
+    names = _names(list(value), param)
     if isinstance(value, list):
         return names
     most = MAX_TEXTS_PER_CLASS
-    sentences = [_texts(own, f"classes.{index}", most) for index, own in enumerate(value.values())]
+    sentences = [_texts(own, f"{param}.{index}", most) for index, own in enumerate(value.values())]
     if any(not own for own in sentences):
-        raise _invalid("a class has no sentence; give at least one, or a list of names", "classes")
-    _bound_texts(sum(map(len, sentences)), settings)
+        raise _invalid("a class has no sentence; give at least one, or a list of names", param)
+    bound_texts(sum(map(len, sentences)), settings.max_texts if most_texts is None else most_texts)
     return dict(zip(names, sentences, strict=True))
 
 
-def _templates(value: Any, _: ValidationInfo) -> list[str] | None:
+def read_templates(value: Any, _: ValidationInfo) -> list[str] | None:
+    """Texts with a place for the name; what they hold is checked by the tokenizer."""
     return None if value is None else _texts(value, "templates", MAX_TEMPLATES)
 
 
 def _images(value: Any, info: ValidationInfo) -> list[Posted]:
     if not isinstance(value, list):
         raise _invalid("must be a list", "images")
-    bound_images(len(value), _settings(info))
-    return [_image(item, f"images.{index}") for index, item in enumerate(value)]
+    settings = _settings(info)
+    bound_images(len(value), settings)
+    return [posted_image(item, f"images.{index}", settings) for index, item in enumerate(value)]
+
+
+def _requiring_classes(schema: dict[str, Any]) -> None:
+    """Only where a session is named may the classes be left out, which is too much for a schema to say."""
+    schema["required"] = ["classes", *schema.get("required", ())]
+    schema["properties"]["classes"].pop("default", None)
 
 
 class Question(Strict):
     """Everything about a request but its images; the form and raw-body requests hold no more."""
 
-    classes: Annotated[
-        Any,
-        PlainValidator(
-            _classes,
-            json_schema_input_type=Names | Described | ClassSetReference,
-        ),
-    ]
-    templates: Annotated[Any, PlainValidator(_templates, json_schema_input_type=Templates | None)] = None
+    model_config = ConfigDict(json_schema_extra=_requiring_classes)
+
+    classes: Annotated[Any, PlainValidator(_classes, json_schema_input_type=CLASSES)] = None
+    templates: Annotated[Any, PlainValidator(read_templates, json_schema_input_type=Templates | None)] = None
     adaptation: Adaptation = Adaptation.model_construct()
     top_k: Annotated[int, Field(ge=1, le=1000)] | None = 5
     score: Literal["softmax", "cosine", "logit"] = "softmax"
     errors: Literal["fail", "per_item"] = "fail"
     explain: bool = False
     timeout_ms: Annotated[int, Field(ge=1)] | None = None
+    session: Annotated[str, Field(description=SESSION)] | None = None
+    update: Annotated[bool, Field(description="Whether the session may keep these images.")] = True
 
     @model_validator(mode="after")
     def fits(self, info: ValidationInfo) -> Question:
         """The rules between fields, and the operator's limits."""
         settings = _settings(info)
-        if isinstance(self.classes, dict) and self.templates is not None:
-            sentence = "templates don't go with sentences per class. Leave one of them out."
+        if self.classes is None and self.session is None:
+            raise _invalid("is required", "classes")
+        if self.templates is not None and not isinstance(self.classes, list):
+            sentence = "templates go with a list of names, neither with sentences nor with a class set or a session."
             raise ApiError("templates_not_allowed", sentence, param="templates")
         if isinstance(self.classes, list):
-            _bound_texts(len(self.classes) * max(1, len(self.templates or ())), settings)
-        if len(self.classes) == 1 and self.score == "softmax":
-            raise _invalid("with one class the softmax is always 1; ask for cosine or logit", "score")
+            bound_texts(len(self.classes) * max(1, len(self.templates or ())), settings.max_texts)
         if self.timeout_ms is not None and self.timeout_ms > settings.max_timeout_ms:
             raise _invalid(f"must be at most {settings.max_timeout_ms} (GRAM_MAX_TIMEOUT_MS)", "timeout_ms")
         return self
@@ -269,7 +284,7 @@ def read_json(body: bytes | bytearray) -> Any:
         raise ApiError("malformed_body", sentence) from None
 
 
-def ask(kind: type[Question], data: Any, settings: Settings) -> Any:
+def ask(kind: type[Strict], data: Any, settings: Settings) -> Any:
     """Validate `data`; the first thing wrong with it becomes the answer."""
     if not isinstance(data, dict):
         raise ApiError("invalid_request", "the request must be a JSON object.")
@@ -300,10 +315,12 @@ def question_of(fields: Iterable[tuple[str, str]], settings: Settings) -> Questi
             lists.setdefault(name, []).append(text)
             continue
         into = options if name in Adaptation.model_fields else data
-        if name in into or name == "adaptation":
+        if name in into or name in ("adaptation", "classes"):
             raise _invalid("a field is given twice, or can't be given in a form", None)
-        if name == "explain":
+        if name in ("explain", "update"):
             into[name] = TRUTH.get(text, text)
+        elif name == "session":
+            into[name] = text
         else:
             into[name] = int(text) if INTEGER.fullmatch(text) else text
     if "class_set" in data:
@@ -324,28 +341,32 @@ def bound_images(count: int, settings: Settings) -> None:
         raise ApiError("too_many_images", sentence, param="images")
 
 
-def bound_predictions(question: Question, images: int) -> None:
-    """A bound on the size of the answer."""
-    each = min(question.top_k or len(question.classes), len(question.classes))
-    if images * each > MAX_PREDICTIONS:
-        raise _invalid(f"{images} images x {each} predictions; {MAX_PREDICTIONS} in all at most", "top_k")
+def bound_predictions(question: Question, groups: Iterable[tuple[int, int]]) -> None:
+    """What depends on how many classes there are: groups of (classes, images). Bounds the size of the answer."""
+    total = 0
+    for classes, images in groups:
+        if classes == 1 and question.score == "softmax":
+            raise _invalid("with one class the softmax is always 1; ask for cosine or logit", "score")
+        total += images * min(question.top_k or classes, classes)
+    if total > MAX_PREDICTIONS:
+        raise _invalid(f"the answer would hold {total} predictions; {MAX_PREDICTIONS} at most", "top_k")
 
 
-def _names(values: Sequence[Any]) -> list[str]:
+def _names(values: Sequence[Any], param: str) -> list[str]:
     if not values:
-        raise _invalid("no class; give at least one", "classes")
+        raise _invalid("no class; give at least one", param)
     names: dict[str, int] = {}
     for index, value in enumerate(values):
         if not isinstance(value, str):
-            raise _invalid("class names must be strings", f"classes.{index}")
+            raise _invalid("class names must be strings", f"{param}.{index}")
         name = unicodedata.normalize("NFC", value[: 4 * MAX_NAME]).strip()
         if not 1 <= len(name) <= MAX_NAME or len(value) > 4 * MAX_NAME:
-            raise _invalid(f"class names have 1 to {MAX_NAME} characters", f"classes.{index}")
+            raise _invalid(f"class names have 1 to {MAX_NAME} characters", f"{param}.{index}")
         if UNPRINTABLE.search(name):
-            raise _invalid("class names hold no control characters", f"classes.{index}")
+            raise _invalid("class names hold no control characters", f"{param}.{index}")
         if (first := names.setdefault(name, index)) != index:
             sentence = f"class {index} has the same name as class {first}; names must differ."
-            raise ApiError("duplicate_class", sentence, param=f"classes.{index}")
+            raise ApiError("duplicate_class", sentence, param=f"{param}.{index}")
     return list(names)
 
 
@@ -364,27 +385,31 @@ def _texts(value: Any, param: str, most: int) -> list[str]:
     return list(value)
 
 
-def _image(item: Any, param: str) -> Posted:
-    name = None
+def posted_image(item: Any, param: str, settings: Settings) -> Posted:
+    """One image of a JSON body: base64, a data URL, or an object with it; raises ApiError 422."""
+    name = classes = None
     if isinstance(item, dict):
         if "url" in item:
             raise _no_urls(param)
-        if set(item) - {"data", "id"} or "data" not in item:
-            raise _invalid("an image is a base64 string, or an object with data and maybe id", param)
+        if set(item) - {"data", "id", "classes"} or "data" not in item:
+            raise _invalid("an image is a base64 string, or an object with data and maybe id and classes", param)
+        if (own := item.get("classes")) is not None:
+            classes = read_classes(own, settings, f"{param}.classes")
         name, item = item.get("id"), item["data"]
         fine = name is None or (isinstance(name, str) and 1 <= len(name) <= MAX_ID and name.isprintable())
         if not fine:
             raise _invalid(f"must have 1 to {MAX_ID} printable characters", f"{param}.id")
     if not isinstance(item, str):
-        raise _invalid("an image is a base64 string, or an object with data and maybe id", param)
+        raise _invalid("an image is a base64 string, or an object with data and maybe id and classes", param)
     if URL.match(item):
         raise _no_urls(param)
-    return Posted(item, name)
+    return Posted(item, name, classes)
 
 
-def _bound_texts(count: int, settings: Settings) -> None:
-    if count > settings.max_texts:
-        sentence = f"the classes make {count} texts, the limit is {settings.max_texts} (GRAM_MAX_TEXTS)."
+def bound_texts(count: int, most: int) -> None:
+    """At most so many texts; raises ApiError 422."""
+    if count > most:
+        sentence = f"the classes make {count} texts, the limit is {most}."
         raise ApiError("too_many_classes", sentence, param="classes")
 
 

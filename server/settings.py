@@ -126,9 +126,16 @@ class Settings(BaseSettings):
     decode_threads: Annotated[int, Field(ge=1, le=64)] = 4
     decode_inflight_pixels: PositiveInt = 64_000_000
     text_cache_bytes: NonNegativeInt = 268_435_456
+    class_set_dir: Annotated[Path, AfterValidator(Path.expanduser)] | None = None  # None: in memory alone
+    max_class_sets: NonNegativeInt = 1_000  # 0: none are kept
+    max_class_set_texts: PositiveInt = 100_000
+    max_sessions: NonNegativeInt = 100  # 0: none are kept
+    session_bytes: PositiveInt = 8_388_608
 
     api_keys_file: Annotated[Path, AfterValidator(Path.expanduser)] | None = None  # None: no keys
     metrics_public: bool = True
+    ui: bool = True
+    ui_public: bool = False  # without a key, where keys are set
     allowed_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)] = ("localhost", "127.0.0.1", "::1")
     cors_origins: Annotated[tuple[Origin, ...], NoDecode, BeforeValidator(_words)] = ()
     trusted_proxies: Annotated[tuple[Network, ...], NoDecode, BeforeValidator(_words)] = ()

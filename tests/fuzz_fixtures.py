@@ -67,7 +67,9 @@ CHECKS = [
 # Why a request may be refused though the document allows it: rules that JSON Schema can't say, by code and param.
 UNSAID: dict[str, str] = {
     "class_sets_disabled": "classes",  # a server's own choice
-    "duplicate_class": r"classes\.\d+",  # equal only after NFC and trimming
+    "class_set_not_found": r"(images\.\d+\.)?classes",  # what was posted before
+    "session_not_found": "session",
+    "duplicate_class": r"(images\.\d+\.)?classes\.\d+",  # equal only after NFC and trimming
     "templates_not_allowed": "templates",
     "method_unavailable": r"adaptation(\.host)?|",  # what this model has
     "undecodable_image": r"images\.\d+",  # what the bytes hold
@@ -77,7 +79,8 @@ UNSAID: dict[str, str] = {
     "image_too_complex": r"images\.\d+",
     "too_many_pixels": "images",
     "invalid_base64": r"images\.\d+",
-    "invalid_request": r"score|timeout_ms|classes\.\d+|images\.\d+\.id",  # one class; an operator's limit; NFC
+    # one class; an operator's limit; NFC
+    "invalid_request": r"score|timeout_ms|(images\.\d+\.)?classes\.\d+|images\.\d+\.id",
 }
 
 

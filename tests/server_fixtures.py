@@ -22,10 +22,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gram_core.types import Answer, Plan
 from server.answers import ClassifyAnswer, ErrorAnswer
-from server.app import Service, create_app
+from server.app import create_app
 from server.engine import Classifier
 from server.errors import STATUS
 from server.fake import FakeClassifier, FakeClassSet, FakePrepared
+from server.service import Service
 from server.settings import Settings
 from server.wire import http_config
 

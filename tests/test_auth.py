@@ -17,6 +17,7 @@ import httpx
 import pytest
 from starlette.datastructures import Headers
 
+from server import pages
 from server.auth import Guard, Keys, Rates, new_key, read_keys
 from server.errors import ApiError
 from server.fake import FakeClassifier
@@ -26,8 +27,9 @@ from tests.server_fixtures import Live, answered, body, code, live, png, until
 ROOT = Path(__file__).parents[1]
 KEY, OTHER = "gk_right", "gk_other"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "CLASSIFY", "__INIT__")
-PUBLIC = {"/livez", "/readyz", "/startupz", "/health", "/healthz", "/ping", "/metrics"}
-UNKNOWN = ("/", "/docs", "/redoc", "/v1", "/v1/classify/x", "/v1/embeddings/", "/admin", "/static/../v1/classify")
+PUBLIC = {"/livez", "/readyz", "/startupz", "/health", "/healthz", "/ping", "/metrics",
+          "/v2/health/live", "/v2/health/ready"}  # fmt: skip
+UNKNOWN = ("/ui", "/docs", "/redoc", "/v1", "/v1/classify/x", "/v1/embeddings/", "/admin", "/static/../v1/classify")
 
 
 def key_file(folder: Path, **keys: str) -> Path:
@@ -50,6 +52,29 @@ def bearer(key: str = KEY) -> dict[str, str]:
 # ---- the walk ----
 
 
+RESOURCES = {
+    ("POST", "/v1/class-sets"),
+    ("GET", "/v1/class-sets"),
+    ("GET", "/v1/class-sets/{class_set}"),
+    ("DELETE", "/v1/class-sets/{class_set}"),
+    ("POST", "/v1/sessions"),
+    ("POST", "/v1/sessions/import"),
+    ("GET", "/v1/sessions/{session}"),
+    ("DELETE", "/v1/sessions/{session}"),
+    ("POST", "/v1/sessions/{session}/reset"),
+    ("GET", "/v1/sessions/{session}/export"),
+}
+COMPATIBLE = {
+    ("POST", "/hf/zero-shot-image-classification"),
+    ("POST", "/models/{model}"),
+    ("POST", "/v1/embeddings"),
+    ("GET", "/v1/models"),
+    ("GET", "/v2"),
+    ("GET", "/v2/models/{model}"),
+    ("GET", "/v2/models/{model}/ready"),
+}
+
+
 def routes(server: Live) -> set[tuple[str, str]]:
     """Every (method, path) that the app has."""
     app: Any = server.client.get("/openapi.json", headers=bearer()).json()
@@ -67,10 +92,10 @@ def sent(server: Live, method: str, target: str, headers: str = "") -> tuple[int
 
 def test_no_method_reaches_any_path_without_the_right_key(locked: Live) -> None:
     known = routes(locked)
-    listed = {("POST", "/v1/classify"), ("POST", "/classify"), ("GET", "/info")}
+    listed = {("POST", "/v1/classify"), ("POST", "/classify"), ("GET", "/info"), *RESOURCES, *COMPATIBLE}
     assert known == listed | {("GET", path) for path in PUBLIC}  # a new route is added here, and so to the walk
     pairs = 0
-    for path in sorted({path for _, path in known} | {"/openapi.json"} | set(UNKNOWN)):
+    for path in sorted({path for _, path in known} | {"/openapi.json"} | set(pages.FILES) | set(UNKNOWN)):
         for method in METHODS:
             open_ = path in PUBLIC and method in ("GET", "HEAD")
             host = "Host: localhost\r\n"
@@ -84,7 +109,8 @@ def test_no_method_reaches_any_path_without_the_right_key(locked: Live) -> None:
                 pairs += 1
             status, _ = sent(locked, method, path, host + f"X-API-Key: {KEY}\r\n")
             assert status != 401, (method, path)
-    assert pairs == 4 * len(METHODS) * (len(listed) + len(PUBLIC) + 1 + len(UNKNOWN))
+    paths = len({path for _, path in listed}) + len(PUBLIC) + 1 + len(pages.FILES) + len(UNKNOWN)
+    assert pairs == 4 * len(METHODS) * paths
     locked.client.headers.update(bearer())
     locked.assert_well()
     locked.client.headers.pop("authorization")

@@ -30,9 +30,9 @@ from gram_core.errors import ModelUnavailable
 from gram_core.parity import TOLERANCE, parity
 from gram_core.text import TextEncoder
 from server import doctor
-from server.app import load_classifier
 from server.auth import Keys
 from server.cli import app
+from server.service import load_classifier
 from server.settings import Settings, usage
 from tests.server_fixtures import until
 

@@ -277,7 +277,8 @@ def one_mix(**changes: Any) -> dict[str, Any]:
         row = summary([*taken, *refused], 0.0, 10.0)
         counted = dict(row["answered"])
         rates.append(row | {"factor": factor, "rate": rate, "seconds": 10.0, "counted": counted, "level_told": True,
-                            "level_zero_s": 1.0, "livez_ms": {**spread([1.0]), "failed": 0}})  # fmt: skip
+                            "level_zero_s": 1.0, "stolen_cores": 0.1,
+                            "livez_ms": {**spread([1.0]), "failed": 0}})  # fmt: skip
     rates[-1] |= changes
     steps = [{"clients": 1, "requests_per_s": 10.0, "good_per_s": 10.0, "refused": 0, "browned_out": 0}]
     limit = {"per_s": 10.0, "clients": 1, "service_ms": 100.0, "steps": steps}

@@ -169,7 +169,7 @@ def test_an_image_that_drops_out_can_take_the_batch_below_its_size(server: Live)
 
 def test_the_operators_defaults_are_the_models_defaults() -> None:
     seen: dict[str, Any] = {}
-    loaded = ast.parse((ROOT / "server" / "app.py").read_text())
+    loaded = ast.parse((ROOT / "server" / "service.py").read_text())
     call = next(
         node for node in ast.walk(loaded) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Loaded.load"
     )
@@ -469,7 +469,9 @@ def test_the_model_is_named_in_a_header(server: Live) -> None:
     assert server.client.get("/nope").headers["x-gram-model"] == tag
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/v1/classify/", "//classify", "/V1/classify", "/livez/x"])
+@pytest.mark.parametrize(
+    "path", ["/ui", "/ui/", "/docs", "/redoc", "/v1/classify/", "/v1//classify", "/V1/classify", "/livez/x"]
+)
 def test_unknown_paths_are_404_and_slashes_are_not_forgiven(server: Live, path: str) -> None:
     assert code(server.client.post(path, content=b"")) == "not_found"
     assert code(server.client.get(path)) == "not_found"
@@ -605,10 +607,10 @@ def test_two_apps_share_no_metrics() -> None:
 
 def test_the_openapi_document_names_every_status_that_a_classification_can_have(server: Live) -> None:
     document = server.client.get("/openapi.json").json()
-    assert set(document["paths"]) == {"/v1/classify", "/classify", "/info", "/metrics", *PROBES}
+    assert {"/v1/classify", "/classify", "/info", "/metrics", *PROBES} <= set(document["paths"])
     for path in ("/v1/classify", "/classify"):
         responses = document["paths"][path]["post"]["responses"]
-        assert set(responses) == {"200", *(str(status) for status in {*STATUS.values()} - {404, 405})}
+        assert set(responses) == {"200", *(str(status) for status in {*STATUS.values()} - {405})}
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert references <= set(document["components"]["schemas"])
     schemas = document["components"]["schemas"]
