@@ -6,8 +6,6 @@ import csv
 import io
 import json
 import os
-import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -576,48 +574,3 @@ def test_what_is_an_image_is_told_by_its_first_bytes(tmp_path: Path) -> None:
     found = bulk.find([tmp_path])
     assert [path.name for path in found.images] == ["a.txt", "b"]
     assert [path.name for path in found.left_out] == ["c.jpg"]
-
-
-# ---- docs/client.md ----
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "docs" / "client.md").read_text(), re.M | re.S)
-
-
-@pytest.fixture
-def beside_photos(labelled: Path, tmp_path: Path) -> Path:
-    """A folder that holds `photos/cat` and `photos/dog`."""
-    (tmp_path / "photos").mkdir()
-    for name, colour in {"cat": "red", "dog": "blue"}.items():
-        (labelled / colour).rename(tmp_path / "photos" / name)
-        for n, picture in enumerate(sorted((tmp_path / "photos" / name).iterdir())):
-            with Image.open(picture, formats=["PNG"]) as opened:
-                opened.save(picture.with_name(f"{n + 1}.jpg"))
-            picture.unlink()
-    return tmp_path
-
-
-def test_what_the_documentation_shows_in_python_runs(server: Live, beside_photos: Path) -> None:
-    for block in blocks("python"):
-        if "embed(" in block and server.client.post("/v1/embeddings", json={}).status_code == 404:
-            continue  # the routes are not there yet
-        program = block.replace("http://localhost:8000", url(server))
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=beside_photos, env=environment,
-                              capture_output=True, text=True, timeout=60)  # fmt: skip
-        assert done.returncode == 0, block + done.stderr
-
-
-def test_what_the_documentation_shows_on_the_command_line_runs(
-    server: Live, beside_photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(beside_photos)
-    monkeypatch.setenv("GRAM_URL", url(server))
-    commands_shown = [line for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands_shown) >= 5
-    for line in commands_shown:
-        program, *words = shlex.split(line.replace("http://localhost:8000", url(server)))
-        assert program == "gram"
-        gram(*words)
-    assert list(beside_photos.glob("sorted/*/*.jpg"))
