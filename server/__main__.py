@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
         return last_words(NO_PORT, f"can't listen on {settings.host}:{settings.port}: {error.strerror}")
     with port:
         try:
-            _fetch(settings)
+            fetch_model(settings)
         except GramError as error:
             return last_words(BAD_MODEL, error.message)
         try:
@@ -176,7 +176,8 @@ def _allow_files(settings: Settings) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _fetch(settings: Settings) -> None:
+def fetch_model(settings: Settings) -> None:
+    """Make a model of the hub present on disk; raises ModelUnavailable."""
     if "/" not in settings.model or Path(settings.model).is_dir():
         return  # a bundled model or a folder: there is nothing to fetch, and torch can wait
     from gram_core.backbone import fetch

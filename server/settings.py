@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -29,6 +29,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from gram_core.images import PILLOW_MAX_PIXELS
 
 PREFIX = "GRAM_"
+CLIENT_URL, CLIENT_KEY = "GRAM_URL", "GRAM_API_KEY"  # what `server.client` reads
 BYTES_PER_PIXEL = 3  # a decoded image is 8-bit RGB while it waits
 
 
@@ -171,11 +172,15 @@ class Settings(BaseSettings):
         return self
 
 
-def read_settings(argv: Sequence[str]) -> Settings:
-    """Flags over environment over defaults; raises `InvalidSettings`."""
+def read_settings(argv: Sequence[str], besides: Collection[str] = (CLIENT_URL,)) -> Settings:
+    """Flags over environment over defaults; raises `InvalidSettings`.
+
+    `besides` are variables that belong to others. A client's key is not among them: whoever gives it to a server
+    means to protect that server, and it would protect nothing.
+    """
     known = {PREFIX + name.upper(): name for name in Settings.model_fields}
     for name in sorted(os.environ):
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
+        if name.upper().startswith(PREFIX) and name.upper() not in (*known, *besides):
             raise InvalidSettings(f"unknown setting {name}{_nearest(name.upper(), known)}")
     try:
         return Settings(**_flags(argv))  # type: ignore[arg-type]  # pydantic converts

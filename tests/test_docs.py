@@ -53,9 +53,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with the files that the examples name."""
     folder = tmp_path_factory.mktemp("reader")
-    for name in ("photos/cat.jpg", "photos/cup.jpg", "cat.jpg", "lunch.png", *(f"photos/{n}.jpg" for n in range(10))):
+    names = ["photos/cat.jpg", "photos/cup.jpg", "cat.jpg", "lunch.png", *(f"photos/{n}.jpg" for n in range(10))]
+    for name in (*names, "labelled/cat/1.jpg", "labelled/cup/1.jpg"):
         pixels = np.random.default_rng(len(name)).integers(0, 255, (60, 50, 3), dtype=np.uint8)
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / name)
     return folder
 
@@ -80,17 +81,18 @@ def test_every_block_says_what_it_is() -> None:
 def test_what_the_documents_show_runs(server: Live, place: Path, language: str, code: str) -> None:
     code = code.replace("localhost:8000", f"127.0.0.1:{server.port}")
     if language == "python":
-        run([sys.executable, "-c", code], place)
+        run([sys.executable, "-c", code], place, server)
         return
     for line in re.sub(r"\\\n", " ", code).splitlines():
         command = re.sub(r"\s+# .*$", "", line).strip()
         if not command or command.startswith("#") or any(command.startswith(known) for known in ELSEWHERE):
             continue
-        run(["bash", "-c", command.replace("curl ", "curl -sS --fail-with-body --noproxy '*' ")], place)
+        run(["bash", "-c", command.replace("curl ", "curl -sS --fail-with-body --noproxy '*' ")], place, server)
 
 
-def run(command: list[str], place: Path) -> None:
+def run(command: list[str], place: Path, server: Live) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "NO_PROXY": "*", "OMP_NUM_THREADS": "1"}
+    environment["GRAM_URL"] = f"http://127.0.0.1:{server.port}"  # of `gram`, where the page says nothing of it
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
