@@ -251,7 +251,7 @@ class Service:
                     times[stage] = max(answer.timings_ms.get(stage, 0.0) for answer in answers)
                 times["text"] += tokenized - began
             if call.session is not None and call.question.update:
-                call.session.added = await self.at_desk(call.session.keep, groups[0])
+                call.session.added = call.session.keep(groups[0])  # here: a thread could outlive the turn
         call.exchange.stage = "serialise"
         times["total"] = call.exchange.elapsed_ms()
         if jobs:
