@@ -228,12 +228,13 @@ def _joint(label: str, answer: Answer, host: str = "residual") -> Method:
     return Method(label=label, paper="docs/method.md, eq. 1 to 4", unit="batch", sees="mild", answer=answer, host=host)
 
 
-def _nothing(scene: Scene, seen: Seen) -> Tensor:
-    raise NotImplementedError
-
-
 def _gram(label: str, answer: Callable[[Scene, Seen], Tensor | Outcome]) -> Method:
     return replace(_joint(label, _alone(answer)), paper=GRAM_PAPER, tuning="gram")
+
+
+def _in_session(label: str, answer: Answer, tuning: str = "infomax") -> Method:
+    paper = "docs/method.md, sessions"
+    return Method(label=label, paper=paper, unit="stream", sees="mild", answer=answer, host="residual", tuning=tuning)
 
 
 GRAM_PAPER = "docs/method.md, GRAM"
@@ -327,9 +328,9 @@ METHODS: dict[str, Method] = {
         tuning="gram",
         answer=_alone(partial(_served, "gram", "image")),
     ),
-    "infomax-plain-session": replace(_joint("infomax, plain, in a session", _plain_session), unit="stream"),
-    "gram-session": replace(_gram("GRAM in a session", _nothing), unit="stream", answer=partial(_session, "gram")),
-    "infomax-session": replace(_joint("infomax in a session", partial(_session, "infomax")), unit="stream"),
+    "gram-session": _in_session("GRAM in a session", partial(_session, "gram"), "gram"),
+    "infomax-session": _in_session("infomax in a session", partial(_session, "infomax")),
+    "infomax-plain-session": _in_session("infomax, plain, in a session", _plain_session),
     "gram-permuted": _gram("GRAM, prototypes permuted at test time", partial(_controlled, "permuted")),
     "gram-random": _gram("GRAM, random prototypes at test time", partial(_controlled, "random")),
     "gram-start": _gram("GRAM, the amounts that training starts from", partial(_controlled, "start")),
