@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from server.auth import new_key
 from server.settings import InvalidSettings
@@ -207,3 +210,60 @@ def test_bad_images_and_bad_classes_of_one_image_are_its_own(fake: Live) -> None
         refused = fake.client.post("/v1/classify", json={**asked, "images": items})
         assert code(refused) == expected
         assert refused.json()["error"]["param"].startswith("images.0.classes")
+
+
+# ---- any order of things ----
+
+LISTS = st.sampled_from([("a", "b"), ("b", "a"), ("a", "b", "c"), ("x", "y")])
+
+
+class Machine(RuleBasedStateMachine):
+    """Post, use, look at and delete class sets in any order, on a server that keeps three; `kept` is the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running = live(max_class_sets=3)
+        self.server = self.running.__enter__()
+        self.kept: list[str] = []  # latest use last
+        self.ids: dict[tuple[str, ...], str] = {}
+
+    def used(self, identity: str) -> None:
+        self.kept = [*(each for each in self.kept if each != identity), identity][-3:]
+
+    @rule(names=LISTS)
+    def post(self, names: tuple[str, ...]) -> None:
+        response = self.server.client.post("/v1/class-sets", json={"classes": list(names)})
+        identity = response.json()["id"]
+        assert response.status_code == (200 if identity in self.kept else 201)
+        assert self.ids.setdefault(names, identity) == identity
+        self.used(identity)
+
+    @rule(names=LISTS)
+    def classify(self, names: tuple[str, ...]) -> None:
+        identity = self.ids.get(names, "cs_" + "0" * 32)
+        response = answered(self.server.client.post("/v1/classify", json=body(classes={"class_set": identity})))
+        assert response.status_code == (200 if identity in self.kept else 404)
+        if identity in self.kept:
+            assert {p["label"] for p in response.json()["results"][0]["predictions"]} == set(names)
+            self.used(identity)
+
+    @rule(names=LISTS)
+    def delete(self, names: tuple[str, ...]) -> None:
+        identity = self.ids.get(names, "cs_" + "0" * 32)
+        response = self.server.client.delete(f"/v1/class-sets/{identity}")
+        assert response.status_code == (204 if identity in self.kept else 404)
+        self.kept = [each for each in self.kept if each != identity]
+
+    @invariant()
+    def the_list_is_what_is_kept(self) -> None:
+        listed = [each["id"] for each in self.server.client.get("/v1/class-sets").json()["data"]]
+        assert listed == self.kept
+
+    def teardown(self) -> None:
+        self.running.__exit__(None, None, None)
+
+
+TestAnyOrder = Machine.TestCase
+TestAnyOrder.settings = hypothesis.settings(
+    max_examples=12, stateful_step_count=25, derandomize=True, deadline=None, database=None
+)

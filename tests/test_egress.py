@@ -252,6 +252,7 @@ def ask_everything(server: Apart, port: int, marker: Path) -> int:
         send((422,), url="/classify", json=body(**{field: links[0]}))
     for field in ("method", "host", "scope", "checkpoint"):
         send((422,), url="/classify", json=body(adaptation={field: links[0]}))
+    asked += ask_the_other_routes(server, port, marker)
     for header in (
         "X-Forwarded-For",
         "X-Forwarded-Host",
@@ -265,9 +266,45 @@ def ask_everything(server: Apart, port: int, marker: Path) -> int:
     for target in (*links[:8], "/ui/" + links[0], "/models/" + links[0]):
         talk(server, b"GET " + target.encode() + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         asked += 1
-    for path in ("/livez", "/readyz", "/startupz", "/health", "/metrics", "/info", "/openapi.json"):
+    others = ("/", "/ui/app.js", "/v1/models", "/v2", "/v1/class-sets")
+    for path in ("/livez", "/readyz", "/startupz", "/health", "/metrics", "/info", "/openapi.json", *others):
         get(path, headers={"host": f"127.0.0.1:{port}"})
         asked += 1
+    return asked
+
+
+def ask_the_other_routes(server: Apart, port: int, marker: Path) -> int:
+    """The same where class sets, sessions and other clients come in."""
+    asked = 0
+
+    def send(expected: Sequence[int], **request: Any) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        response = server.client.post(**request)
+        assert response.status_code in expected, (request, response.text)
+        assert response.status_code < 400 or str(port) not in response.text
+        return response
+
+    octets, session = {"content-type": "application/octet-stream"}, "/v1/sessions/import"
+    for url in urls(port):
+        hugging = {"inputs": url, "parameters": {"candidate_labels": ["a", "b"]}}
+        send((400, 415, 422), url="/hf/zero-shot-image-classification", json=hugging)
+        send((400, 415, 422), url="/models/fake", json=hugging)
+        send((400, 415, 422), url="/v1/embeddings", json={"input": url, "modality": "image"})
+        send((404,), url="/v1/embeddings", json={"input": "a", "model": url})
+        send((422,), url="/v1/sessions", json={"classes": ["a", "b"], "method": url})
+        send((404,), url="/v1/classify", json=body(session=url))
+        send((404,), url="/v1/classify", json=body(classes={"class_set": url}))
+        send((422,), url=session, content=url.encode(), headers=octets)
+    names = list(dict.fromkeys(url.strip().replace("\n", "")[:200] for url in urls(port)))
+    send((201,), url="/v1/class-sets", json={"classes": names})
+    send((201,), url="/v1/sessions", json={"classes": names})
+    send((200,), url="/v1/embeddings", json={"input": [name for name in names if name]})
+    for media, data in tensors(marker).items():
+        send((422,), url=session, content=data, headers=octets)
+        send((415,), url=session, content=data, headers={"content-type": media})
+        send((415,), url="/v1/embeddings", content=data, headers={"content-type": media})
+        send((415, 422), url="/v1/embeddings", json={"input": b64(data), "modality": "image"})
     return asked
 
 
