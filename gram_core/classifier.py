@@ -645,7 +645,7 @@ class Classifier:
             return ()
         kept = Seen(others.views.to(seen.views), others.sha256)
         cosines = self._cosines(kept.originals, self.texts.features(work.classes))
-        return kept, cosines, others.balanced, others.recent
+        return kept, cosines, others.balanced, others.age
 
     def _cosines(self, features: Tensor, base: Tensor) -> Tensor:
         """(B, K) in the fixed image shape, so that a row has the same bits whatever B is."""

@@ -43,12 +43,12 @@ class Kept:
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """Features (M, V, D) of what a memory held, originals first, and the images' hashes; which of them are balanced,
-    and which are the latest (some are both)."""
+    and how many came after those of the latest (0 for the last one, -1 for one that is not among them)."""
 
     views: Tensor
     sha256: tuple[bytes, ...]
     balanced: tuple[bool, ...]
-    recent: tuple[bool, ...]
+    age: tuple[int, ...]
 
     def without(self, sha256: Sequence[bytes], views: int) -> Snapshot:
         """The images that are not among these, with the first so many of their views; none where it has fewer."""
@@ -56,7 +56,7 @@ class Snapshot:
         rows = [n for n, digest in enumerate(self.sha256) if digest not in own]
         if views > self.views.shape[1]:
             rows = []
-        chosen = [tuple(each[n] for n in rows) for each in (self.sha256, self.balanced, self.recent)]
+        chosen = [tuple(each[n] for n in rows) for each in (self.sha256, self.balanced, self.age)]
         return Snapshot(self.views[rows, :views], *chosen)  # type: ignore[arg-type]
 
 
@@ -129,8 +129,9 @@ class Memory:
         """What is held now; later additions don't change it."""
         rows = self._rows()
         views = torch.stack([k.views for k in rows.values()]) if rows else torch.zeros(0, self.views, self.dim)
-        balanced, recent = ({kept.sha256 for kept in each} for each in (self._kept, self._latest))
-        return Snapshot(views, tuple(rows), tuple(h in balanced for h in rows), tuple(h in recent for h in rows))
+        balanced = {kept.sha256 for kept in self._kept}
+        age = {kept.sha256: n for n, kept in enumerate(reversed(self._latest))}
+        return Snapshot(views, tuple(rows), tuple(h in balanced for h in rows), tuple(age.get(h, -1) for h in rows))
 
     def _rows(self) -> dict[bytes, Kept]:
         return {kept.sha256: kept for kept in (*self._kept, *self._latest)}

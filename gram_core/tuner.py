@@ -21,6 +21,7 @@ from gram_core.backbone import Backbone
 from gram_core.device import is_broken
 from gram_core.gram import Structure
 from gram_core.learned import Learned, TuneConfig
+from gram_core.memory import WINDOW
 from gram_core.prompts import PromptMethod
 from gram_core.text import ClassSet, TextEncoder
 from gram_core.types import Params, Plan
@@ -82,8 +83,8 @@ class Task:
     """One request to tune: its features, its zero-shot cosines (B, K), and what is asked.
 
     `remembered` are images of earlier requests of the same session, and `known` (M, K) their cosines: they get no
-    outcome. Those that are `balanced` are tuned along; those that are `recent` say, with the request's own, which
-    classes come now and which images are near.
+    outcome. Those that are `balanced` are tuned along; the latest (of the lowest `age`) fill the request up to WINDOW
+    images that say which classes come now and which images are near.
     """
 
     seen: Seen
@@ -94,7 +95,7 @@ class Task:
     remembered: Seen | None = None
     known: Tensor | None = None
     balanced: tuple[bool, ...] = ()
-    recent: tuple[bool, ...] = ()
+    age: tuple[int, ...] = ()
 
 
 class _Watch:
@@ -207,7 +208,7 @@ class Tuner:
         order = sorted(range(len(hashes)), key=hashes.__getitem__)
         index = torch.tensor(order, device=features.device)
         joint = [n < count or task.balanced[n - count] for n in order]
-        now = [n < count or task.recent[n - count] for n in order]
+        now = [n < count or 0 <= task.age[n - count] < WINDOW - count for n in order]
         if plan.method == "gram":
             batch = self._tune_gram(
                 features[index], features[index, 0], cosines[index], task.classes, plan, task.stop, joint, now

@@ -65,8 +65,10 @@ def test_the_latest_are_held_besides_whatever_they_are() -> None:
     for n in range(100):
         kept.add(views[n : n + 1], hashes[n : n + 1], [0])
     snapshot = kept.snapshot()
-    recent = {h for h, held in zip(snapshot.sha256, snapshot.recent, strict=True) if held}
+    recent = {h for h, age in zip(snapshot.sha256, snapshot.age, strict=True) if age >= 0}
     assert recent == set(hashes[-16:])
+    assert snapshot.age[snapshot.sha256.index(hashes[-1])] == 0
+    assert snapshot.age[snapshot.sha256.index(hashes[-3])] == 2
     assert len(balanced(kept)) == len(kept) == 4
     assert len(snapshot.sha256) == len(recent | balanced(kept))
 
