@@ -12,6 +12,9 @@ import httpx
 import pytest
 
 from gram_core.backbone import load
+from gram_core.classifier import Classifier
+from gram_core.images import decode
+from gram_core.types import Tuning
 from server.auth import new_key
 from server.metrics import Metrics
 from server.sessions import Sessions
@@ -25,9 +28,14 @@ IMAGES = [png(n, (30 + n % 9, 28 + n % 5)) for n in range(60)]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    folder = write_model(tmp_path_factory.mktemp("models") / "sessions", TINY, seed=3)
-    write_checkpoint(folder, load(str(folder), device="cpu"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = write_model(tmp_path_factory.mktemp("models") / "sessions", TINY, seed=3)
+    write_checkpoint(made, load(str(made), device="cpu"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Live]:
     with live(fake=False, model=str(folder), device="cpu", brownout=(), queue_seconds=600.0) as made:
         yield made
 
@@ -74,6 +82,26 @@ def test_a_session_remembers_and_its_memory_changes_answers(server: Live) -> Non
     assert scores(second) != scores(ask(server, range(8, 16)))
     baselines = [r["baseline"] for r in second.json()["results"]]
     assert baselines == [r["baseline"] for r in ask(server, range(8, 16)).json()["results"]]
+
+
+def test_the_harness_and_the_server_hold_the_same_session(server: Live, folder: Path) -> None:
+    """Bit for bit: what is measured offline is what is served."""
+    classifier = Classifier.load(str(folder), device="cpu")
+    classes = classifier.class_set(NAMES)
+    session = begin(server)
+    memory = classifier.session(classes, 128, session["views"])
+    for start, size in ((0, 8), (8, 3), (11, 12), (23, 1), (24, 33)):
+        numbers = range(start, start + size)
+        answer = ask(server, numbers, session=session["id"], explain=True).json()
+        served = [result["adaptation"]["digest"] for result in answer["results"]]
+        prepared = [classifier.prepare(decode(IMAGES[n])) for n in numbers]
+        plan = classifier.plan(Tuning(), size + len(memory), classes)
+        seen = classifier.see(prepared, plan.views, plan.seed, classifier.configs["gram"].view_scale)
+        results = classifier.answer(seen, classes, plan, memory.snapshot())
+        assert [result.adaptation.digest for result in results] == served
+        memory.add(seen.views, seen.sha256, [int(result.baseline_cosines.argmax()) for result in results])
+        assert answer["session"]["images"] == len(memory)
+        assert all(result["explain"]["views"] for result in answer["results"])
 
 
 def test_a_dry_run_reads_and_writes_nothing(server: Live) -> None:
