@@ -19,6 +19,7 @@ from gram_core.images import decode
 from gram_core.text import TextEncoder
 from gram_core.views import prepare
 from server.auth import new_key
+from server.client import GramClient
 from tests.server_fixtures import Live, b64, code, live, png
 
 NAMES = ["cat", "dog", "fire truck"]
@@ -149,6 +150,21 @@ def test_images_are_embedded_as_they_are_classified(server: Live, tiny: Backbone
     for row, result in zip(got @ features.T, answer, strict=True):
         said = {p["label"]: p["score"] for p in result["predictions"]}
         np.testing.assert_allclose(row, [said[each] for each in NAMES], atol=1e-5)
+
+
+def test_our_own_client_asks_the_same_routes(server: Live) -> None:
+    pictures = [png(n, (40, 30)) for n in range(3)]
+    with GramClient(f"http://127.0.0.1:{server.port}") as client:
+        rows = client.embed(["a cat", "a dog"])["data"]
+        plain = server.client.post("/v1/embeddings", json={"input": ["a cat", "a dog"]}).json()["data"]
+        assert [row["embedding"] for row in rows] == [row["embedding"] for row in plain]
+        assert len(client.embed(images=pictures)["data"]) == 3
+        made = client.class_set(NAMES)
+        named = client.classify(pictures, class_set=made["id"], top_k=None)["results"]
+        listed = server.ask(*pictures, classes=NAMES, top_k=None).json()["results"]
+        assert [r["predictions"] for r in named] == [r["predictions"] for r in listed]
+        server.client.delete(f"/v1/class-sets/{made['id']}")
+        assert client.classify(pictures, class_set=made["id"])["class_set"]["id"] == made["id"]  # posted again
 
 
 def test_base64_is_float32_little_endian(fake: Live) -> None:
