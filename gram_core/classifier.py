@@ -31,6 +31,7 @@ from gram_core.errors import (
     FingerprintMismatch,
     GramError,
     InvalidCheckpoint,
+    InvalidMemory,
     InvalidTuning,
     MethodUnavailable,
     OutOfMemory,
@@ -377,8 +378,11 @@ class Classifier:
         return Memory(len(classes), views=views, dim=self.info.joint_dim, capacity=capacity)
 
     def restored(self, data: bytes) -> tuple[Memory, dict[str, str]]:
-        """A session's memory from `Memory.dump`; raises InvalidMemory."""
-        return Memory.restore(data)
+        """A session's memory from `Memory.dump`; raises InvalidMemory, also for one of features of another size."""
+        memory, bound = Memory.restore(data)
+        if memory.dim != self.info.joint_dim:
+            raise InvalidMemory("this session's features have another size than this model's.")
+        return memory, bound
 
     def memory(self) -> dict[str, float]:
         """Bytes held, by kind: class features kept, and what is allocated and reserved on a CUDA device."""
@@ -435,11 +439,12 @@ class Classifier:
             wanted = [work for n, work in enumerate(works) if n in cosines]
             predicted = sum(self.seconds(work.plan, work.together, work.classes) for work in wanted)
             seen, stopped = self._look(works, rows, {n: stops[n] for n in cosines}, fallen)
-            tasks = {
-                n: Task(s, cosines[n], works[n].classes, works[n].plan, stops[n], *self._recall(works[n], s))
-                for n, s in seen.items()
-                if works[n].plan.skip is None
-            }
+            tasks: dict[int, Task] = {}
+            for n, s in seen.items():
+                if works[n].plan.skip is None:
+                    with _failing(fallen, n):
+                        remembered = self._recall(works[n], s)
+                        tasks[n] = Task(s, cosines[n], works[n].classes, works[n].plan, stops[n], *remembered)
             tuned = self._tuned(tasks, fallen)
             for n, work in enumerate(works):
                 if n in failed or n in made:
@@ -674,9 +679,7 @@ class Classifier:
                 stopped[n] = reason
             return reason is None
 
-        wanted = [
-            n for n in stops if not works[n].plan.skip or (works[n].memory is not None and works[n].plan.views > 1)
-        ]
+        wanted = [n for n in stops if works[n].looked_at]
         cuts = [(n, image) for n in wanted for image in works[n].images]
         crops: dict[int, list[Tensor]] = {n: [] for n in wanted}
         looks = {n: _Look.of(works[n].plan, self.configs) for n in wanted}

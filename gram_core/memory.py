@@ -26,6 +26,8 @@ from gram_core.errors import InvalidMemory
 CAPACITY = 128
 WINDOW = 32  # latest images, whatever they are: which classes come now
 LEAST_QUOTA = 4
+MOST = 1_000_000  # images or classes of a memory that is taken back
+MOST_HEADER = 2**21  # bytes
 FORMAT = 1
 RECENT = 0.9  # weight of the past in the mean image of the latest requests, per image
 UNIT = 1e-3  # how far from length 1 an imported feature may be
@@ -153,7 +155,7 @@ class Memory:
             image = Kept(row.clone(), digest, int(label))
             taken += self._take(image)
             self._latest.append(image)
-            held = set(self._rows())
+            held.add(digest)
         return taken
 
     def _watch(self, original: Tensor) -> None:
@@ -204,11 +206,11 @@ class Memory:
         """What `dump` wrote; raises InvalidMemory, whatever else the bytes are."""
         try:
             length = int.from_bytes(data[:8], "little")
-            header = json.loads(data[8 : 8 + length]) if 2 <= length <= len(data) - 8 else {}
+            header = json.loads(data[8 : 8 + length]) if 2 <= length <= min(MOST_HEADER, len(data) - 8) else {}
             state = json.loads(header["__metadata__"]["gram_memory"])
             tensors = load(data)
             return _checked(cls, state, tensors)
-        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError):
             raise InvalidMemory(
                 "this is no session that this server exported; expected its bytes as they were."
             ) from None
@@ -224,6 +226,9 @@ def _checked(cls: type[Memory], state: Any, tensors: dict[str, Tensor]) -> tuple
     hashes = [bytes.fromhex(text) for text in state["sha256"]]
     if sizes["classes"] != len(claimed) or sizes["firsts"] < 0:
         raise ValueError
+    shaped = tuple(views.shape) == (count, sizes["views"], sizes["dim"]) and tensors["first"].shape == (sizes["dim"],)
+    if not shaped or max(sizes["capacity"], len(claimed)) > MOST:
+        raise ValueError  # before anything is made of sizes that only the header claims
     memory = cls(sizes["classes"], views=sizes["views"], dim=sizes["dim"], capacity=sizes["capacity"])
     shapes = {"views": (count, memory.views, memory.dim), "labels": (count,), "first": (memory.dim,),
               "recent": (memory.dim,)}  # fmt: skip
@@ -237,7 +242,7 @@ def _checked(cls: type[Memory], state: Any, tensors: dict[str, Tensor]) -> tuple
         raise ValueError
     if count and (int(labels.min()) < 0 or int(labels.max()) >= memory.classes):
         raise ValueError
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in claimed):
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**62 for n in claimed):
         raise ValueError
     rows = {h: Kept(v.clone(), h, int(y)) for v, h, y in zip(views, hashes, labels.tolist(), strict=True)}
     memory._kept = [rows[bytes.fromhex(text)] for text in state["balanced"]]

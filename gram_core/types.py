@@ -108,6 +108,11 @@ class Work:
         return len(self.images) + (0 if self.memory is None else len(self.memory.sha256))
 
     @property
+    def looked_at(self) -> bool:
+        """Whether its images' views are needed: to tune on, or to be remembered where they are too few to tune on."""
+        return self.plan.skip is None or (self.memory is not None and self.plan.skip == "too_few_images")
+
+    @property
     def final(self) -> bool:
         """Whether zero-shot is all that there will be."""
         return self.plan.skip is not None and self.memory is None and not self.features

@@ -50,7 +50,15 @@ class Definition:
 
     def facts(self, *, warm: bool) -> dict[str, Any]:
         """What its owner is told."""
-        told = {n: v for n, v in asdict(self).items() if n not in ("classes", "templates")}
+        names = (
+            "id",
+            "size",
+            "texts",
+            "model",
+            "created",
+            "last_used",
+        )  # never a copy of what may be ten thousand names
+        told = {name: getattr(self, name) for name in names}
         return {**told, "object": "class_set", "warm": warm}
 
     @property
@@ -85,6 +93,7 @@ class ClassSets:
             found = known or Definition(made.id, classes, templates, len(made), made.texts, model, now)
             found = replace(found, last_used=now)
             if known is None and self._folder is not None:
+                self._make_room()
                 self._write(owner, found)
             self._keep(owner, found)
             return found, known is None
@@ -98,6 +107,9 @@ class ClassSets:
                 raise not_found()
             found = replace(found, last_used=int(time.time()))
             self._keep(owner, found)
+            if self._folder is not None:
+                with suppress(OSError):
+                    os.utime(self._file(owner, identity))  # every replica goes by it
             return found
 
     def use(self, owner: str | None, identity: str, classifier: Classifier) -> Any:
@@ -116,11 +128,11 @@ class ClassSets:
     def owned(self, owner: str | None) -> list[Definition]:
         """The owner's, latest use last."""
         with self._lock:
-            if self._folder is not None:
-                for file in self._files(owner):
-                    if (owner, file.stem) not in self._kept:
-                        self._look_up(owner, file.stem)
-            return [found for (whose, _), found in self._kept.items() if whose == owner]
+            mine = {identity: found for (whose, identity), found in self._kept.items() if whose == owner}
+            if self._folder is None:
+                return list(mine.values())
+            read = [mine.get(file.stem) or self._read(owner, file.stem) for file in self._files(owner)]
+            return [found for found in read if found is not None]
 
     def drop(self, owner: str | None, identity: str) -> None:
         """Forget one; raises ApiError 404 where there is none."""
@@ -138,8 +150,18 @@ class ClassSets:
 
     def _look_up(self, owner: str | None, identity: str) -> Definition | None:
         found = self._kept.get((owner, identity))
-        if found is not None or self._folder is None:
+        if self._folder is None:
             return found
+        if found is None:
+            found = self._read(owner, identity)
+            if found is not None:
+                self._keep(owner, found)
+        elif not self._file(owner, identity).exists():  # another replica dropped it
+            self._forget(owner, identity)
+            return None
+        return found
+
+    def _read(self, owner: str | None, identity: str) -> Definition | None:
         try:
             found = Definition(**json.loads(self._file(owner, identity).read_text(encoding="utf-8")))
             if found.id != identity or not isinstance(found.classes, list | dict):
@@ -149,21 +171,22 @@ class ClassSets:
         except (OSError, ValueError, TypeError):
             log.error("a class set's file can't be read; it is taken as missing")
             return None
-        self._keep(owner, found)
         return found
 
     def _keep(self, owner: str | None, found: Definition) -> None:
         old = self._kept.pop((owner, found.id), None)
         self._bytes += found.nbytes - (0 if old is None else old.nbytes)
         self._kept[owner, found.id] = found
-        while len(self._kept) > self._most:
-            self._forget(*next(iter(self._kept)))
-        while self._bytes > MOST_BYTES and len(self._kept) > 1:
-            whose, identity = next(iter(self._kept))
-            if self._folder is None:
-                self._forget(whose, identity)
-            else:  # its file stays
-                self._bytes -= self._kept.pop((whose, identity)).nbytes
+        while len(self._kept) > self._most or (self._bytes > MOST_BYTES and len(self._kept) > 1):
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes  # its file, if there is one, stays
+
+    def _make_room(self) -> None:
+        """For one more file: the folder holds no more than GRAM_MAX_CLASS_SETS, whoever wrote them."""
+        assert self._folder is not None
+        files = [(file.stat().st_mtime_ns, file) for file in self._folder.glob("*/cs_*.json")]
+        for _, file in sorted(files)[: max(0, len(files) - self._most + 1)]:
+            name = file.parent.name
+            self._forget(None if name == "anyone" else name.removeprefix("key-"), file.stem)
 
     def _forget(self, owner: str | None, identity: str) -> None:
         found = self._kept.pop((owner, identity), None)
@@ -188,7 +211,8 @@ class ClassSets:
 
     def _files(self, owner: str | None) -> list[Path]:
         folder = self._file(owner, "x").parent
-        return sorted(file for file in folder.glob("cs_*.json") if ID.fullmatch(file.stem))
+        found = [file for file in folder.glob("cs_*.json") if ID.fullmatch(file.stem)]
+        return sorted(found, key=lambda file: file.stat().st_mtime_ns)
 
 
 def not_found() -> ApiError:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -274,14 +275,19 @@ def pull(
     typer.echo(f"{file_sha256(files.weights)}  {files.name}")
 
 
+def _nfc(name: str) -> str:
+    """As the server writes it: file systems and terminals have other forms."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
 def _class_names(classes: str | None, file: Path | None) -> list[str]:
     if (classes is None) == (file is None):
         raise typer.BadParameter("give either --classes A,B,... or --classes-file FILE.", param_hint="--classes")
     if file is None:
-        names = [name.strip() for name in str(classes).split(",")]
+        names = [_nfc(name) for name in str(classes).split(",")]
     else:
         try:
-            names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+            names = [_nfc(line) for line in file.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError):
             raise typer.BadParameter("can't be read as UTF-8 text.", param_hint="--classes-file") from None
     names = [name for name in names if name]

@@ -153,7 +153,7 @@ class _Client:
         if isinstance(texts, str) or (texts is None) == (images is None):
             raise TypeError("give a list of texts, or else images.")
         until, answers = time.monotonic() + timeout, list[Any]()
-        kind, limit = ("text", "max_texts") if images is None else ("image", "max_images")
+        kind, limit = ("text", "max_embedding_texts") if images is None else ("image", "max_images")
         items = texts if images is None else (base64.b64encode(encode(image)).decode() for image in _listed(images))
         most, room = (bounds := (yield from self._bounds(until)))[limit], bounds["max_body_bytes"] - AROUND
         for piece in pieces(items, lambda text: len(json.dumps(text)) + 2, most, room):

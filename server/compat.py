@@ -7,6 +7,7 @@ They ignore fields that they don't know, as their originals do. Limits, admissio
 from __future__ import annotations
 
 import base64
+import json
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,17 @@ from server import openapi
 from server.answers import NOTHING
 from server.engine import Classifier, Job
 from server.errors import ApiError, from_core
-from server.schemas import MAX_TEXT, ClassifyRequest, Question, ask, bound_images, posted_image, read_json
-from server.service import Call, Service, Taken, media_type
+from server.schemas import (
+    MAX_EMBEDDING_TEXTS,
+    MAX_TEXT,
+    ClassifyRequest,
+    Question,
+    ask,
+    bound_images,
+    posted_image,
+    read_json,
+)
+from server.service import JSON, Call, Service, Taken, media_type
 from server.shapes import (
     Embeddings,
     EmbeddingsAsked,
@@ -35,7 +45,6 @@ from server.shapes import (
 )
 
 TEMPLATE = "This is a photo of {}."  # of the Hugging Face task
-MOST_TEXTS = 2048  # of one request for embeddings, as OpenAI has it
 
 
 class Compat:
@@ -52,8 +61,8 @@ class Compat:
             ("/v1/embeddings", "POST", self.embeddings, Embeddings, EmbeddingsAsked),
             ("/v1/models", "GET", self.models, ModelList, False),
             ("/v2", "GET", self.server, ServerFacts, False),
-            ("/v2/models/{model}", "GET", self.model, ModelFacts, False),
             ("/v2/models/{model}/ready", "GET", self.model_ready, ModelReady, False),
+            ("/v2/models/{model}", "GET", self.model, ModelFacts, False),
         )
         for path, method, handler, answer, asked in routes:
             more = openapi.resource(path, 200, answer, asked)
@@ -138,16 +147,19 @@ class Compat:
             raise from_core(error) from error
 
         def write() -> Response:
-            data = [{"object": "embedding", "index": n, "embedding": _coded(row, coding)} for n, row in enumerate(rows)]
+            data = [  # a row at a time: one call for all of them would hold the interpreter for a second
+                json.dumps({"object": "embedding", "index": n, "embedding": _coded(row, coding)})
+                for n, row in enumerate(rows)
+            ]
             usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-            content = {"object": "list", "data": data, "model": classifier.info.name, "usage": usage}
-            return JSONResponse(content)
+            rest = json.dumps({"object": "list", "model": classifier.info.name, "usage": usage})
+            return Response(f'{rest[:-1]}, "data": [{", ".join(data)}]}}', media_type=JSON)
 
         return await self.service.at_desk(write)
 
     async def _texts(self, call: Call, texts: list[str]) -> tuple[FloatArray, int]:
-        if len(texts) > MOST_TEXTS:
-            sentence = f"input: {len(texts)} texts, the limit is {MOST_TEXTS}. Send fewer."
+        if len(texts) > MAX_EMBEDDING_TEXTS:
+            sentence = f"input: {len(texts)} texts, the limit is {MAX_EMBEDDING_TEXTS}. Send fewer."
             raise ApiError("invalid_request", sentence, param="input")
         for n, text in enumerate(texts):
             if not text.strip() or len(text) > MAX_TEXT:
@@ -160,23 +172,24 @@ class Compat:
             except InvalidClasses as error:
                 raise from_core(error, "input") from error
 
-        made = await self.service.at_desk(tokenize)
-        _, features = await self._features(call, (), made)
+        made = await self.service.tokenizing(tokenize)
+        _, features = await self._features(call, 0, made)
         return features, made.tokens
 
     async def _images(self, call: Call, inputs: list[str]) -> tuple[FloatArray, int]:
         settings = self.service.settings
         bound_images(len(inputs), settings)
         call.posted[:] = [posted_image(item, f"input.{n}", settings) for n, item in enumerate(inputs)]
-        images = await self.service.decoded(call)
         made = await self.service.at_desk(call.classifier.class_set, ["image"])
-        features, _ = await self._features(call, images, made)
+        features, _ = await self._features(call, len(inputs), made)
         return features, 0
 
-    async def _features(self, call: Call, images: Any, made: Any) -> tuple[FloatArray, FloatArray]:
-        """(B, D) of the images and (K, D) of the texts."""
+    async def _features(self, call: Call, count: int, made: Any) -> tuple[FloatArray, FloatArray]:
+        """(B, D) of the call's images and (K, D) of the texts."""
         engine = self.service.engine
-        with engine.place(call.classifier.cost(NOTHING, len(images), made)) as place:
+        with engine.place(call.classifier.cost(NOTHING, count, made)) as place:
+            self.service.spend(call.exchange.owner, place.cost)
+            images = await self.service.decoded(call) if count else ()
             job = Job(place, images, made, NOTHING, engine.clock() + call.left_s(), features=True)
             (answer,) = await self.service.run_all([job], call)
         assert answer.features is not None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -60,8 +62,8 @@ class Resources:
         async def answer(taken: Taken) -> Response:
             classifier, owner = taken.classifier, taken.owner
             asked = await self.service.at_desk(self._asked, ClassSetAsked, taken)
-            made, classes, templates = await self.service.at_desk(self._made, owner, asked, classifier)
-            await self._warm(classifier, made)
+            made, classes, templates = await self.service.tokenizing(self._made, owner, asked, classifier)
+            await self._warm(owner, classifier, made)
             put = self.service.class_sets.put
             found, new = await self.service.at_desk(put, owner, made, classes, templates, classifier.info.name)
             return JSONResponse(found.facts(warm=True), 201 if new else 200)
@@ -95,7 +97,7 @@ class Resources:
         async def answer(taken: Taken) -> Response:
             classifier, owner = taken.classifier, taken.owner
             asked = await self.service.at_desk(self._asked, SessionAsked, taken)
-            made, classes, templates = await self.service.at_desk(self._made, owner, asked, classifier)
+            made, classes, templates = await self.service.tokenizing(self._made, owner, asked, classifier)
             views = self._views(classifier, asked.method, asked.views)
             memory = classifier.session(made, asked.capacity, views)
             open_ = self.service.sessions.open
@@ -125,7 +127,7 @@ class Resources:
         async with self._turn(request) as session:
             bound = {
                 "model": classifier.info.fingerprint,
-                "class_set": session.class_set.id,
+                "class_set": session.class_set,
                 "asked": json.dumps({"classes": session.classes, "templates": session.templates}),
                 "method": session.method or "",
             }
@@ -140,7 +142,7 @@ class Resources:
         async def answer(taken: Taken) -> Response:
             classifier, owner = taken.classifier, taken.owner
             memory, asked, bound = await self.service.at_desk(self._restored, classifier, bytes(taken.body.pop()))
-            made, classes, templates = await self.service.at_desk(self._made, owner, asked, classifier)
+            made, classes, templates = await self.service.tokenizing(self._made, owner, asked, classifier)
             if bound.get("model") != classifier.info.fingerprint or bound.get("class_set") != made.id:
                 raise ApiError("session_conflict", "this session was exported from another model. Begin a new one.")
             if memory.classes != len(made):
@@ -168,9 +170,10 @@ class Resources:
             of_template = error.code in ("bad_template", "templates_not_allowed")
             raise from_core(error, "templates" if of_template else "classes") from error
 
-    async def _warm(self, classifier: Classifier, made: Any) -> None:
+    async def _warm(self, owner: str | None, classifier: Classifier, made: Any) -> None:
         engine, settings = self.service.engine, self.service.settings
         with engine.place(classifier.cost(NOTHING, 0, made)) as place:
+            self.service.spend(owner, place.cost)
             due = engine.clock() + settings.timeout_ms / 1000
             try:
                 await engine.submit(Job(place, (), made, NOTHING, due))
@@ -194,9 +197,16 @@ class Resources:
     def _session(self, request: Request) -> Session:
         return self.service.sessions.find(exchange_of(request.scope).owner, request.path_params["session"])
 
-    def _turn(self, request: Request) -> Any:
-        owner, seconds = exchange_of(request.scope).owner, self.service.settings.timeout_ms / 1000
-        return self.service.sessions.turn(owner, request.path_params["session"], lambda: seconds)
+    @asynccontextmanager
+    async def _turn(self, request: Request) -> AsyncIterator[Session]:
+        owner, settings = exchange_of(request.scope).owner, self.service.settings
+        identity, seconds = request.path_params["session"], settings.timeout_ms / 1000
+        try:
+            async with self.service.sessions.turn(owner, identity, lambda: seconds) as session:
+                assert session is not None
+                yield session
+        except TimeoutError:
+            raise ApiError("deadline_exceeded", f"no answer within {settings.timeout_ms} ms.") from None
 
     def _told(self, session: Session, status: int) -> Response:
         return JSONResponse(session.facts(self.service.sessions.now()), status)
@@ -210,7 +220,7 @@ class Resources:
         try:
             given = {**json.loads(bound["asked"]), "capacity": memory.capacity, "views": memory.views}
             given |= {"method": bound["method"] or None}
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, RecursionError):
             raise ApiError("invalid_request", "this is no session that a server exported.") from None
         return memory, ask(SessionAsked, given, self.service.settings), bound
 

@@ -36,6 +36,7 @@ MAX_JSON_LISTS = 100_000  # and objects: each costs 70 bytes of memory for 3 on 
 MAX_DIGITS = 64  # of a number: one of 4,000 takes 0.1 ms
 MAX_NAME, MAX_TEXT, MAX_TEXTS_PER_CLASS, MAX_TEMPLATES, MAX_ID = 256, 512, 100, 100, 128
 MAX_PREDICTIONS = 50_000
+MAX_EMBEDDING_TEXTS = 2048  # of one request, as OpenAI has it
 MAX_FIELDS = 32  # more than there are; every unknown one would become an error of its own
 # A reference instead of an image. A scheme is short; without a bound this would search through 22 MB of base64.
 URL = re.compile(r"(?!data:)[A-Za-z][A-Za-z0-9+.\-]{0,63}:|//", re.IGNORECASE)
@@ -404,6 +405,17 @@ def posted_image(item: Any, param: str, settings: Settings) -> Posted:
     if URL.match(item):
         raise _no_urls(param)
     return Posted(item, name, classes)
+
+
+def bound_lists(lists: Iterable[Classes | None], templates: Sequence[str] | None, settings: Settings) -> None:
+    """The texts of all images' own classes together, before any is tokenized; raises ApiError 422."""
+    total = 0
+    for own in {repr(each): each for each in lists if each is not None}.values():
+        if isinstance(own, dict):
+            total += sum(map(len, own.values()))
+        elif isinstance(own, list):
+            total += len(own) * max(1, len(templates or ()))
+    bound_texts(total, settings.max_texts)
 
 
 def bound_texts(count: int, most: int) -> None:

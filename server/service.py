@@ -44,13 +44,16 @@ from server.ingress import (
 )
 from server.metrics import CONTENT_TYPE, Metrics
 from server.schemas import (
+    MAX_EMBEDDING_TEXTS,
     ClassifyRequest,
     ClassSetReference,
     Posted,
     Question,
     ask,
     bound_images,
+    bound_lists,
     bound_predictions,
+    bound_texts,
     question_of,
     read_json,
 )
@@ -121,6 +124,9 @@ class Service:
         self.started = time.time()
         self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
         self._desk = ThreadPoolExecutor(2, "desk")  # parsing and formatting, never behind a slow decode
+        self._tokens = ThreadPoolExecutor(
+            1, "tokens"
+        )  # class sets and sessions may have many texts: a queue of their own
         self.tracing = tracing_of(settings.otlp_endpoint)
 
     @asynccontextmanager
@@ -136,6 +142,7 @@ class Service:
             await asyncio.to_thread(self.engine.stop, ABANDON_S)  # the web server has waited for requests already
             self._decoders.shutdown(wait=False, cancel_futures=True)
             self._desk.shutdown(wait=False, cancel_futures=True)
+            self._tokens.shutdown(wait=False, cancel_futures=True)
             if self.tracing is not None:
                 await asyncio.to_thread(self.tracing.stop)
 
@@ -222,7 +229,7 @@ class Service:
             group.plan = self._plan(call, len(group.where), group.class_set, level)
         tokenized = call.exchange.elapsed_ms()
         with engine.places([_cost(classifier, group, call) for group in groups]) as places:
-            self._spend(call, sum(place.cost for place in places))
+            self.spend(call.exchange.owner, sum(place.cost for place in places))
             async with call.in_time():
                 items = await self._decode(call)
             times["decode"] = call.exchange.elapsed_ms() - tokenized
@@ -261,26 +268,26 @@ class Service:
     def _groups(self, call: Call) -> list[Group]:
         """The request's images by the classes that they are asked about: those are tuned together."""
         asked, templates, session = call.question.classes, call.question.templates, call.session
-        first = (
-            session.class_set
-            if session is not None and asked is None
-            else self._class_set(call, asked, templates, "classes")
-        )
+        if session is not None and asked is None:
+            first = call.classifier.class_set(session.classes, session.templates)
+        else:
+            first = self._class_set(call, asked, templates, "classes")
         groups: dict[Any, Group] = {}
+        known: dict[str, Any] = {}
+        bound_lists([image.classes for image in call.posted], templates, self.settings)
         for n, image in enumerate(call.posted):
             own = first
             if image.classes is not None:
-                own = self._class_set(call, image.classes, templates, f"images.{n}.classes")
+                name = repr(image.classes)
+                if name not in known:
+                    known[name] = self._class_set(call, image.classes, templates, f"images.{n}.classes")
+                own = known[name]
             groups.setdefault(own.id, Group(own, [])).where.append(n)
-        if session is not None and any(identity != session.class_set.id for identity in groups):
+        texts = sum({group.class_set.id: group.class_set.texts for group in groups.values()}.values())
+        bound_texts(texts, max(self.settings.max_texts, first.texts))
+        if session is not None and any(identity != session.class_set for identity in groups):
             sentence = "these are not the session's classes. Leave classes out, or use another session."
             raise ApiError("session_conflict", sentence, param="classes")
-        if call.question.score == "softmax" and any(len(group.class_set) == 1 for group in groups.values()):
-            raise ApiError(
-                "invalid_request",
-                "score: with one class the softmax is always 1; ask for cosine or logit.",
-                param="score",
-            )
         bound_predictions(call.question, [(len(group.class_set), len(group.where)) for group in groups.values()])
         return list(groups.values())
 
@@ -327,12 +334,13 @@ class Service:
     def _plan(self, call: Call, count: int, class_set: Any, level: int) -> Plan:
         """What will be run, of what was asked, at this level of the brown-out."""
         asked = call.question.adaptation
-        if asked.recorded is not None:
-            return _recorded_plan(call, count, class_set, asked.recorded)
         remembered = 0 if call.session is None else len(call.session.memory)
+        if asked.recorded is not None:
+            return _recorded_plan(call, count + remembered, class_set, asked.recorded)
         tuning = asked.tuning()
-        if call.session is not None and tuning.method is None:
-            tuning = replace(tuning, method=call.session.method)
+        if call.session is not None:  # what it was made for, where the request leaves that open
+            session = call.session
+            tuning = replace(tuning, method=tuning.method or session.method, views=tuning.views or session.views)
         plan = _plan(call, tuning, count + remembered, class_set)
         if call.session is not None:
             plan = call.session.bound(plan)
@@ -399,9 +407,10 @@ class Service:
         call.lease.grow(min(0, kept - size))
         return items
 
-    def _spend(self, call: Call, cost: float) -> None:
+    def spend(self, owner: str | None, cost: float) -> None:
+        """Take the cost from what the key may spend; raises ApiError 429."""
         try:
-            self.rates.spend(call.exchange.owner, cost)
+            self.rates.spend(owner, cost)
         except ApiError:
             self.metrics.rejected.labels("rate").inc()
             raise
@@ -429,6 +438,10 @@ class Service:
 
     async def _in_pool(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._decoders, work, *args)
+
+    async def tokenizing(self, work: Callable[..., T], *args: Any) -> T:
+        """Run `work` where nobody but its like waits for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokens, work, *args)
 
     async def at_desk(self, work: Callable[..., T], *args: Any) -> T:
         """Run `work` in the pool for what is short and must not hold the event loop."""
@@ -486,6 +499,7 @@ class Service:
             raise ApiError("not_ready", "the model is still being loaded; try again later.", retry_after=5)
         settings = self.settings
         limits = {name: value for name, value in settings if name.startswith("max_")}
+        limits["max_embedding_texts"] = MAX_EMBEDDING_TEXTS
         content = {
             "version": __version__,
             "model": asdict(self.engine.classifier.info),
@@ -535,7 +549,7 @@ def load_classifier(settings: Settings) -> Classifier:
 def _cost(classifier: Classifier, group: Group, call: Call, count: int | None = None) -> float:
     """What a group's images cost; a session looks at their views even where nothing is tuned."""
     plan = group.plan
-    if call.session is not None and plan.views > 1 and plan.skip is not None:
+    if call.session is not None and plan.skip == "too_few_images":
         plan = replace(plan, skip=None, host="residual", steps=0)
     return classifier.cost(plan, len(group.where) if count is None else count, group.class_set)
 

@@ -31,7 +31,8 @@ class Session:
 
     id: str
     owner: str | None
-    class_set: Any
+    class_set: str
+    names: tuple[str, ...]
     classes: Any
     templates: list[str] | None
     method: str | None
@@ -62,11 +63,11 @@ class Session:
 
     def facts(self, now: float) -> dict[str, Any]:
         """What its owner is told: never an image, only how many of which class."""
-        counts = dict(zip(self.class_set.names, self.memory.counts, strict=True))
+        counts = dict(zip(self.names, self.memory.counts, strict=True))
         return {
             "id": self.id,
             "object": "session",
-            "class_set": self.class_set.id,
+            "class_set": self.class_set,
             "method": self.method,
             "views": self.views,
             "capacity": self.memory.capacity,
@@ -128,7 +129,18 @@ class Sessions:
             self._end(idle, "capacity")
         identity, now = f"ss_{secrets.token_hex(16)}", self._clock()
         session = Session(
-            identity, owner, class_set, classes, templates, method, memory.views, memory, ttl_s, int(time.time()), now
+            id=identity,
+            owner=owner,
+            class_set=class_set.id,
+            names=class_set.names,
+            classes=classes,
+            templates=templates,
+            method=method,
+            views=memory.views,
+            memory=memory,
+            ttl_s=ttl_s,
+            created=int(time.time()),
+            used=now,
         )
         self._kept[identity] = session
         return session

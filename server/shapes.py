@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, model_validator
 
@@ -80,6 +80,8 @@ def _classes(value: Any, info: ValidationInfo) -> Classes:
 class ClassSetAsked(Strict):
     """The body of `POST /v1/class-sets`."""
 
+    most: ClassVar[str] = "max_class_set_texts"  # the setting that bounds its texts
+
     classes: Annotated[Any, PlainValidator(_classes, json_schema_input_type=CLASSES)]
     templates: Annotated[Any, PlainValidator(read_templates, json_schema_input_type=Templates | None)] = None
 
@@ -90,12 +92,14 @@ class ClassSetAsked(Strict):
         if self.templates is not None and not isinstance(self.classes, list):
             raise ApiError("templates_not_allowed", "templates go with a list of names alone.", param="templates")
         if isinstance(self.classes, list):
-            bound_texts(len(self.classes) * max(1, len(self.templates or ())), info.context.max_class_set_texts)
+            bound_texts(len(self.classes) * max(1, len(self.templates or ())), getattr(info.context, self.most))
         return self
 
 
 class SessionAsked(ClassSetAsked):
     """The body of `POST /v1/sessions`."""
+
+    most: ClassVar[str] = "max_texts"
 
     method: Literal["gram", "infomax"] | None = None
     capacity: Annotated[int, Field(ge=1, le=4096)] = 128

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 CLASSES = ["cat", "dog"]
 BOTH = pytest.mark.parametrize("ask", ["sync", "async"], indirect=True)
 Reply = tuple[int, dict[str, Any], dict[str, str]]
-INFO: Reply = (200, {"limits": {"max_images": 4, "max_texts": 3, "max_body_bytes": 100_000}}, {})
+INFO: Reply = (200, {"limits": {"max_images": 4, "max_embedding_texts": 3, "max_body_bytes": 100_000}}, {})
 
 
 @pytest.fixture

@@ -167,6 +167,17 @@ def test_our_own_client_asks_the_same_routes(server: Live) -> None:
         assert client.classify(pictures, class_set=made["id"])["class_set"]["id"] == made["id"]  # posted again
 
 
+def test_a_key_pays_for_embeddings_and_class_sets_too(tmp_path: Path) -> None:
+    key, line = new_key("one")
+    (tmp_path / "keys").write_text(line)
+    with live(api_keys_file=tmp_path / "keys", rate_cost=2.0, queue_seconds=1.0) as server:
+        server.client.headers["authorization"] = f"Bearer {key}"
+        asked = {"input": [b64(png(n)) for n in range(2)], "modality": "image"}
+        statuses = [server.client.post("/v1/embeddings", json=asked).status_code for _ in range(4)]
+        assert statuses[0] == 200
+        assert 429 in statuses
+
+
 def test_base64_is_float32_little_endian(fake: Live) -> None:
     asked = {"input": ["a cat", "a dog"]}
     plain = fake.client.post("/v1/embeddings", json=asked).json()["data"]

@@ -27,7 +27,7 @@ from gram_core.classifier import Classifier
 from gram_core.errors import DeviceError, OutOfMemory
 from gram_core.images import DecodedImage
 from gram_core.types import Answer, Plan, Work
-from server import app
+from server import service
 from server.fake import FakeClassifier, FakeClassSet, FakePrepared
 from tests.conftest import TINY, write_model
 from tests.gram_fixtures import tiny_learned
@@ -132,14 +132,14 @@ def test_a_device_that_fails_anywhere_in_a_batch_turns_every_probe_and_runs_noth
 
 
 def test_a_bug_while_an_answer_is_written_is_its_own_500(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = app.classification
+    real = service.classification
 
     def broken(**facts: Any) -> bytes:
-        if "bad" in facts["class_set"].names:
+        if "bad" in facts["outcome"].groups[0].class_set.names:
             raise ZeroDivisionError
         return real(**facts)
 
-    monkeypatch.setattr(app, "classification", broken)
+    monkeypatch.setattr(service, "classification", broken)
     with live() as server:
         assert code(server.ask(classes=("bad", "dog"))) == "internal"
         server.assert_well()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import pytest
 import torch
@@ -174,6 +175,29 @@ def test_no_other_bytes_are_taken() -> None:
         assert max(again.counts) <= again.quota  # a bit of a feature may turn, its length may not
         assert float((again.snapshot().views.norm(dim=-1) - 1).abs().max()) <= 1e-3
     assert refused >= 100
+    parts, state = (
+        load(data),
+        json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["gram_memory"]),
+    )
+    for wrong in (
+        {"dim": 10**14},
+        {"views": 10**12},
+        {"capacity": 10**18},
+        {"classes": 2**40, "claimed": [0]},
+        {"claimed": [2**64] * 4},
+        {"claimed": [-1] * 4},
+        {"format": 2},
+        {"latest": ["00"]},
+        {"balanced": state["balanced"] * 2},
+        {"sha256": []},
+        {"bound": {"a": 1}},
+        {"bound": []},
+    ):
+        with pytest.raises(InvalidMemory):
+            Memory.restore(save(parts, {"gram_memory": json.dumps({**state, **wrong})}))
+    huge = save({**parts, "views": torch.zeros(0, 2**20, 2**20)}, {"gram_memory": json.dumps(state)})
+    with pytest.raises(InvalidMemory):
+        Memory.restore(huge)
     tensors = load(data)
     for name in tensors:
         header = {"gram_memory": "{}"}

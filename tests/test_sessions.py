@@ -14,6 +14,7 @@ import pytest
 from gram_core.backbone import load
 from gram_core.classifier import Classifier
 from gram_core.images import decode
+from gram_core.memory import Memory
 from gram_core.types import Tuning
 from server.auth import new_key
 from server.metrics import Metrics
@@ -166,6 +167,57 @@ def test_a_replay_knows_the_memory_it_was_made_with(server: Live) -> None:
     assert again["digest"] == made["digest"]
     ask(server, range(30, 38), session=session["id"])
     assert code(ask(server, range(8, 16), **replay)) == "replay_mismatch"
+
+
+def test_a_single_image_of_a_session_can_be_replayed(server: Live) -> None:
+    session = begin(server)
+    ask(server, range(8), session=session["id"])
+    (made,) = ask(server, range(8, 9), session=session["id"], update=False).json()["results"]
+    assert made["adaptation"]["status"] == "completed"
+    fields = {"adaptation": {"replay": made["adaptation"]["replay"]}, "session": session["id"], "update": False}
+    (again,) = ask(server, range(8, 9), **fields).json()["results"]
+    assert again["adaptation"]["digest"] == made["adaptation"]["digest"]
+    assert again["adaptation"]["steps"] == made["adaptation"]["steps"]
+
+
+def test_a_session_of_another_model_is_not_taken(server: Live) -> None:
+    session = begin(server)
+    data = server.client.get(f"/v1/sessions/{session['id']}/export").content
+    memory, bound = Memory.restore(data)
+    other = Memory(memory.classes, views=memory.views, dim=memory.dim + 1).dump(bound)
+    foreign = memory.dump({**bound, "model": "another"})
+    headers = {"content-type": "application/octet-stream"}
+    refused = server.client.post("/v1/sessions/import", content=other, headers=headers)
+    assert (refused.status_code, code(refused)) == (422, "invalid_request")
+    refused = server.client.post("/v1/sessions/import", content=foreign, headers=headers)
+    assert (refused.status_code, code(refused)) == (409, "session_conflict")
+    for asked in ("[" * 100_000, "{}", "null"):
+        refused = server.client.post(
+            "/v1/sessions/import", content=memory.dump({**bound, "asked": asked}), headers=headers
+        )
+        assert (refused.status_code, code(refused)) == (422, "invalid_request")
+
+
+def test_a_sessions_own_views_are_the_default_within_it(fake: Live) -> None:
+    for views in (4, 16):
+        session = begin(fake, views=views)
+        answer = ask(fake, range(8), session=session["id"]).json()
+        assert answer["session"]["added"] == 8
+        assert answer["results"][0]["adaptation"]["views"] == views
+
+
+def test_a_turn_that_comes_too_late_is_504_for_every_verb() -> None:
+    classifier = HeldClassifier()
+    with live(classifier, timeout_ms=300) as server, ThreadPoolExecutor(1) as pool:
+        session = begin(server)
+        first = pool.submit(ask, server, range(8), session=session["id"], timeout_ms=20_000)
+        until(lambda: classifier.runs, "the first runs")
+        late = server.client.post(f"/v1/sessions/{session['id']}/reset")
+        assert (late.status_code, code(late)) == (504, "deadline_exceeded")
+        assert code(server.client.get(f"/v1/sessions/{session['id']}/export")) == "deadline_exceeded"
+        classifier.gate.set()
+        assert first.result().status_code == 200
+        assert server.client.post(f"/v1/sessions/{session['id']}/reset").json()["images"] == 0
 
 
 def test_a_sessions_classes_are_its_own(fake: Live) -> None:
