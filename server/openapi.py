@@ -99,6 +99,23 @@ ASKED: tuple[type[BaseModel], ...] = (
     HuggingFaceAsked,
     EmbeddingsAsked,
 )
+PICTURE = (  # a PNG of two by two pixels
+    "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR42mM8UaHBwMDAxMDAwMDAAAARqgFsexo+EQAAAABJRU5ErkJggg=="
+)
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "ClassifyRequest": {
+        "images": [{"id": "shelf-3", "data": PICTURE}],
+        "classes": ["cat", "dog"],
+        "templates": ["a photo of a {}."],
+        "adaptation": {"views": 8, "budget_ms": 500, "seed": 7},
+        "top_k": 5,
+    },
+    "Question": {"classes": {"cat": ["a cat.", "a kitten."], "dog": ["a dog."]}, "adaptation": {"method": "none"}},
+    "ClassSetAsked": {"classes": ["cat", "dog"], "templates": ["a photo of a {}."]},
+    "SessionAsked": {"classes": ["cat", "dog"], "capacity": 128, "ttl_s": 3600},
+    "HuggingFaceAsked": {"inputs": PICTURE, "parameters": {"candidate_labels": ["cat", "dog"]}},
+    "EmbeddingsAsked": {"input": ["a photo of a cat.", "a photo of a dog."], "encoding_format": "base64"},
+}
 PLACE = re.compile(r"\{(\w+)\}")
 ANSWERED: tuple[type[BaseModel], ...] = (ErrorAnswer, Alive, Ready, Started, Info)
 
@@ -292,6 +309,8 @@ def document(app: FastAPI) -> dict[str, Any]:
         made = get_openapi(title=app.title, version=app.version, routes=app.routes)
         made["components"]["schemas"] |= _definitions(ANSWERED, "serialization")
         made["components"]["schemas"] |= _definitions(ASKED, "validation")
+        for name, example in EXAMPLES.items():
+            made["components"]["schemas"][name]["examples"] = [example]
         made["components"] |= {
             "headers": HEADERS,
             "parameters": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -235,3 +236,25 @@ def test_the_routes_need_a_key_where_one_is_set(tmp_path: Path) -> None:
         assert server.client.get("/v2/health/live").status_code == 200
         for path in ("/v1/models", "/v2", "/v2/models/fake"):
             assert code(server.client.get(path)) == "unauthenticated"
+
+
+def test_every_example_of_the_openapi_document_is_answered(server: Live) -> None:
+    schemas = server.client.get("/openapi.json").json()["components"]["schemas"]
+    examples = {name: schema["examples"][0] for name, schema in schemas.items() if "examples" in schema}
+    routes = {
+        "ClassifyRequest": "/v1/classify",
+        "ClassSetAsked": "/v1/class-sets",
+        "SessionAsked": "/v1/sessions",
+        "HuggingFaceAsked": TASK,
+        "EmbeddingsAsked": "/v1/embeddings",
+    }
+    assert set(examples) == {*routes, "Question"}
+    for kind, path in routes.items():
+        if kind == "SessionAsked":
+            continue  # this model has no root: below
+        response = server.client.post(path, json=examples[kind])
+        assert response.status_code in (200, 201), (kind, response.text)
+    parts: list[Any] = [("image", ("x.png", png())), ("request", (None, json.dumps(examples["Question"])))]
+    assert server.client.post("/v1/classify", files=parts).status_code == 200
+    with live() as fake:
+        assert fake.client.post("/v1/sessions", json=examples["SessionAsked"]).status_code == 201
