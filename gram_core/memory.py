@@ -58,8 +58,12 @@ class Snapshot:
         rows = [n for n, digest in enumerate(self.sha256) if digest not in own]
         if views > self.views.shape[1]:
             rows = []
-        chosen = [tuple(each[n] for n in rows) for each in (self.sha256, self.balanced, self.age)]
-        return Snapshot(self.views[rows, :views], *chosen)  # type: ignore[arg-type]
+        return Snapshot(
+            self.views[rows, :views],
+            tuple(self.sha256[n] for n in rows),
+            tuple(self.balanced[n] for n in rows),
+            tuple(self.age[n] for n in rows),
+        )
 
 
 class Memory:
