@@ -538,7 +538,9 @@ def test_the_command_in_the_report_names_no_folder_of_this_machine() -> None:
 
 
 def test_the_harness_and_the_server_give_the_same_answers(model: Path, images: Path, options: Make) -> None:
-    config = options(methods=("infomax", "tpt-served"), kinds=("iid",), protocols=("image", "batch"), predictions=True)
+    config = options(
+        methods=("infomax", "tpt-served"), kinds=("iid", "single"), protocols=("image", "batch"), predictions=True
+    )
     run(config)
     lines = [json.loads(line) for line in (config.out / "predictions.jsonl").read_text().splitlines()]
     served = {"zero-shot": {"method": "none"}, "infomax": {"method": "infomax"},
@@ -547,7 +549,7 @@ def test_the_harness_and_the_server_give_the_same_answers(model: Path, images: P
     for line in lines:
         if line["protocol"] == "batch":
             requests.setdefault((line["method"], line["kind"], line["request"]), []).append(line)
-    assert len(requests) == 3 * 6
+    assert len(requests) == 3 * 2 * 6
     changed = 0
     with live(load=lambda: Classifier.load(str(model), device="cpu")) as server:
         for (method, _, _), expected in requests.items():
