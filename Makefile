@@ -40,7 +40,9 @@ openapi: $(READY)
 	print(openapi.text(app.create_app(settings.Settings(), fake.FakeClassifier())), end='')" > docs/openapi.json
 
 lock: $(READY)
-	$(BIN)/uv pip compile $(LOCK) --extra demo --extra evaluate --extra otel --extra dev pyproject.toml -o requirements/lock.txt
+	$(BIN)/uv pip compile $(LOCK) --extra demo --extra evaluate --extra otel --extra ray --extra dev pyproject.toml -o requirements/lock.txt
+	$(BIN)/uv pip compile $(LOCK) -c requirements/lock.txt --extra otel pyproject.toml -o requirements/server.txt
+	$(BIN)/uv pip compile $(LOCK) -c requirements/lock.txt --extra otel --extra ray pyproject.toml -o requirements/ray.txt
 	echo uv | $(BIN)/uv pip compile $(LOCK) - -o requirements/uv.txt
 
 audit: $(READY)
