@@ -50,6 +50,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+TOLD = 240  # characters of what torch says of a driver; its advice goes on for lines
 SMALL_TOWER = 20_000_000  # parameters; below it the cost of a call, not of its arithmetic, decides the shape
 
 
@@ -510,12 +511,24 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise ModelUnavailable(f"no device {name!r}; choose auto, cpu, cuda or cuda:N.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelUnavailable("GRAM_DEVICE asks for CUDA, but torch finds no CUDA device. Use cpu or auto.")
+        raise ModelUnavailable(f"GRAM_DEVICE asks for CUDA, but {_without_cuda()}. Mend that, or use cpu or auto.")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise ModelUnavailable(f"no device {name!r}; torch finds {count} CUDA devices, counted from 0.")
     if device.type not in ("cpu", "cuda"):
         raise ModelUnavailable(f"no device {name!r}; choose auto, cpu, cuda or cuda:N.")
     return device
+
+
+def _without_cuda() -> str:
+    """Why torch can't use a GPU, in its own words: no driver, one that is too old, no device."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without it"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        told = " ".join(str(error).split())[:TOLD]
+        return f"torch {torch.__version__} (CUDA {torch.version.cuda}) says: {told.rstrip('.')}"
+    return "torch finds no CUDA device"
 
 
 def _build(files: ModelFiles) -> nn.Module:

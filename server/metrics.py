@@ -119,8 +119,7 @@ class Metrics:
             self.adaptation_seconds.labels(did.method).observe(did.ms / 1000)
             self.entropy_delta.labels(did.method).observe(did.entropy_after - did.entropy_before)
             self.kl.labels(did.method).observe(did.kl)
-            if did.label_changed:
-                self.label_changed.labels(did.method).inc()
+            self.label_changed.labels(did.method).inc(int(did.label_changed))  # also by 0: a rate needs the series
 
     def serving(self, version: str, model: ModelInfo) -> None:
         """Say which model is loaded."""

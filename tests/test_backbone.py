@@ -226,6 +226,26 @@ def test_a_device_that_is_not_there_is_refused(name: str) -> None:
         choose_device(name)
 
 
+@pytest.mark.parametrize(
+    "said",
+    ["Found no NVIDIA driver on your system.", "The NVIDIA driver on your system is too old (found version 11040)."],
+)
+def test_a_gpu_that_cannot_be_used_is_refused_in_one_line_that_says_why(
+    monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    def init() -> None:
+        raise RuntimeError(f"{said}\nPlease update" + " your driver" * 100)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    with pytest.raises(ModelUnavailable) as refused:
+        choose_device("cuda")
+    assert said in refused.value.message
+    assert "\n" not in refused.value.message
+    assert len(refused.value.message) < 400
+
+
 # ---- fetching, from a hub made here ----
 
 
