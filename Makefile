@@ -9,7 +9,7 @@ LOCK := --universal --python-version 3.11 --generate-hashes --no-emit-index-url 
 # Threads that wait give their core to others: steadier where torch is not alone on the machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install check test demo serve bench openapi lock audit
+.PHONY: install check test demo serve bench openapi lock audit sbom
 
 install: $(READY)
 
@@ -45,5 +45,13 @@ lock: $(READY)
 	$(BIN)/uv pip compile $(LOCK) -c requirements/lock.txt --extra otel --extra ray pyproject.toml -o requirements/ray.txt
 	echo uv | $(BIN)/uv pip compile $(LOCK) - -o requirements/uv.txt
 
+# Known security faults of everything that is locked, and a licence for every file.
 audit: $(READY)
 	$(BIN)/uv tool run pip-audit@2.10.1 --strict --disable-pip --require-hashes -r requirements/lock.txt
+	$(BIN)/uv tool run pip-audit@2.10.1 --strict --disable-pip --require-hashes -r requirements/ray.txt
+	$(BIN)/uv tool run reuse@6.2.0 lint
+
+# docker/sbom.cdx.json and docs/licences.md, of what the image installs.
+sbom: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/uv tool run --from cyclonedx-bom@7.5.0 --with 'cyclonedx-python-lib[json-validation]' \
+		python requirements/sbom.py
