@@ -184,18 +184,22 @@ def test_no_container_is_published_beyond_this_host_or_keeps_more_rights_than_it
         assert "models:/models:ro" in service["volumes"], name
 
 
-def test_compose_gives_the_server_settings_that_exist_and_time_to_drain(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, profile in (("server", "gpu"), ("server-cpu", "cpu")):
-        service = COMPOSE["services"][name]
-        assert service["profiles"] == [profile]
-        for variable, value in service["environment"].items():
-            monkeypatch.setenv(variable, re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value))
-        settings = read_settings(["--host", "0.0.0.0", "--model-dir", "/models"])  # the image's own
-        assert settings.offline
-        assert "server" in settings.allowed_hosts  # what Prometheus calls it
-        assert settings.drain_s < float(service["stop_grace_period"].removesuffix("s"))
+@pytest.mark.parametrize(("name", "profile"), [("server", "gpu"), ("server-cpu", "cpu")])
+def test_compose_gives_the_server_settings_that_exist_and_time_to_drain(
+    monkeypatch: pytest.MonkeyPatch, name: str, profile: str
+) -> None:
     chosen = dict(line.split("=") for line in (ROOT / ".env").read_text().splitlines() if line[:1].isalpha())
     assert chosen == {"COMPOSE_PROFILES": "gpu", "GRAM_MODEL": "gram-mini"}
+    service = COMPOSE["services"][name]
+    assert service["profiles"] == [profile]
+    assert [(ROOT / "docker" / path).resolve() for path in service["env_file"]] == [ROOT / ".env"]
+    for variable, value in service["environment"].items():
+        value = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", value)  # nothing is set on the host
+        monkeypatch.setenv(variable, re.sub(r"\$\{\w+:\+[^}]*\}", "", value))
+    settings = read_settings([])
+    assert (settings.host, settings.port, settings.offline, settings.api_keys_file) == ("0.0.0.0", 8000, True, None)
+    assert "server" in settings.allowed_hosts
+    assert settings.drain_s < float(service["stop_grace_period"].removesuffix("s"))
 
 
 def test_the_image_takes_in_every_package_of_the_project_and_only_what_the_build_copies() -> None:
