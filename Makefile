@@ -47,9 +47,9 @@ lock: $(READY)
 
 # Known security faults of everything that is locked, and a licence for every file.
 audit: $(READY)
+	$(BIN)/uv tool run reuse@6.2.0 lint
 	$(BIN)/uv tool run pip-audit@2.10.1 --strict --disable-pip --require-hashes -r requirements/lock.txt
 	$(BIN)/uv tool run pip-audit@2.10.1 --strict --disable-pip --require-hashes -r requirements/ray.txt
-	$(BIN)/uv tool run reuse@6.2.0 lint
 
 # docker/sbom.cdx.json and docs/licences.md, of what the image installs.
 sbom: $(READY)
