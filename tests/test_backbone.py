@@ -121,6 +121,7 @@ def test_a_pretrained_tag_trained_with_quick_gelu_asks_for_it() -> None:
     assert "quick_gelu" not in towers._registry("ViT-B-16/laion2b_s34b_b88k")[1]["model_cfg"]
 
 
+@pytest.mark.slow
 def test_a_random_vit_b_16_loads_by_path_and_agrees_with_open_clip(tmp_path: Path) -> None:
     """The real loading code on a real size: 150 M parameters, saved and read back as safetensors."""
     folder = write_model(tmp_path / "ViT-B-16", open_clip.get_model_config("ViT-B-16"))

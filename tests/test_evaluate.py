@@ -294,6 +294,7 @@ def test_the_hash_of_the_code_leaves_out_nothing_that_methods_or_features_import
     assert {"views", "images", "types", "baselines", "classifier"} <= {path.stem for path in seen}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(model: Path, images: Path, tmp_path: Path) -> None:
     words = ["--model", str(model), "--data", str(images), "--cache", str(tmp_path / "cache"), "--device", "cpu",
              "--out", str(tmp_path / "out"), "--methods", "zero,infomax", "--sizes", "8", "--windows", "8",

@@ -7,6 +7,7 @@ Every fault ends with a good request, nothing reserved and the loop alive. Those
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from gram_core.backbone import Backbone, load
 from gram_core.classifier import Classifier
 from gram_core.errors import DeviceError, OutOfMemory
 from gram_core.images import DecodedImage
+from gram_core.learned import Learned
 from gram_core.types import Answer, Plan, Work
 from server import service
 from server.fake import FakeClassifier, FakeClassSet, FakePrepared
@@ -229,10 +231,24 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     return load(str(folder), device="cpu")
 
 
-@pytest.fixture
-def real(backbone: Backbone) -> Iterator[Live]:
-    learned = tiny_learned(backbone)
+@pytest.fixture(scope="module")
+def learned(backbone: Backbone) -> Learned:
+    return tiny_learned(backbone)
+
+
+@pytest.fixture(scope="module")
+def warm(backbone: Backbone, learned: Learned) -> Classifier:
+    """Measures once, for all: warming up takes longer than any of these tests."""
     classifier = Classifier(backbone, learned.bank.root.visual, learned=learned)
+    classifier.warm_up()
+    return classifier
+
+
+@pytest.fixture
+def real(backbone: Backbone, learned: Learned, warm: Classifier, monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
+    classifier = Classifier(backbone, learned.bank.root.visual, learned=learned)
+    classifier.pace, classifier.text_weight = copy.deepcopy(warm.pace), warm.text_weight
+    monkeypatch.setattr(classifier, "warm_up", lambda: None)
     with live(classifier, batch_wait_ms=200.0, timeout_ms=60_000) as server:
         yield server
 
