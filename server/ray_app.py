@@ -19,7 +19,7 @@ from typing import Any
 import ray
 import uvicorn
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 from ray import serve
 from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 from ray.serve.config import AutoscalingContext
@@ -58,11 +58,17 @@ class Options(BaseModel):
     max_replicas: PositiveInt = 8
 
 
-def build(options: Options) -> serve.Application:
+def build(args: dict[str, Any]) -> serve.Application:
     """The application, for `serve run server.ray_app:build` or a config file; raises InvalidSettings.
 
-    Settings are the GRAM_* variables that the replicas will see: those of the nodes, and of `runtime_env`.
+    `args` are `Options`. Settings are the GRAM_* variables that the replicas will see: those of the nodes, and of
+    `runtime_env`.
     """
+    try:
+        options = Options.model_validate(args)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise InvalidSettings(f"argument {first['loc'][0]}: {first['msg']}") from None
     return application(replica_app, options)
 
 

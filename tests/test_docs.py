@@ -37,7 +37,7 @@ ELSEWHERE = {
     "gram doctor": "tests/test_doctor.py",
     "pip install": "what runs this",
     "serve ": "tests/test_ray.py",
-    "ray start": "several machines; tests/test_ray.py has a local one",
+    "ray ": "several machines; tests/test_ray.py has a local one",
     "kubectl ": "a Kubernetes cluster",
 }
 

@@ -37,10 +37,11 @@ from tests.server_fixtures import PATIENCE_S, FailingClassifier, HeldClassifier,
 ray = pytest.importorskip("ray")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of pydantic, about Ray's own models
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
     from ray.serve.schema import ServeDeploySchema
 
     from server import ray_app
-    from server.ray_app import AGAIN, METRICS_PORTS, Options, Replica, Retry, build, by_load, replica_app
+    from server.ray_app import AGAIN, METRICS_PORTS, Options, Replica, Retry, application, build, by_load, replica_app
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("cat", "dog")
@@ -56,7 +57,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def deployed(options: Options) -> Any:
     """The deployment of an application."""
-    return build(options)._bound_deployment
+    return application(replica_app, options)._bound_deployment
 
 
 # ---- the application ----
@@ -97,8 +98,15 @@ def test_a_setting_that_cannot_be_used_fails_the_build_with_one_line(
 ) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(InvalidSettings) as refused:
-        build(Options())
+        build({})
     assert str(refused.value) == line
+
+
+def test_an_argument_that_cannot_be_used_likewise() -> None:
+    with pytest.raises(InvalidSettings, match=r"^argument gpu: Extra inputs are not permitted$"):
+        build({"gpu": 1})
+    with pytest.raises(InvalidSettings, match=r"^argument cpus: Input should be greater than 0$"):
+        build({"cpus": "0"})
 
 
 @pytest.mark.parametrize("file", ["ray-serve.yaml", "kuberay.yaml"])
@@ -112,7 +120,7 @@ def test_the_example_configurations_fit_rays_schema_and_our_settings(
     assert (app.import_path, app.route_prefix) == ("server.ray_app:build", "/")
     for name, value in cast(dict[str, Any], app.runtime_env)["env_vars"].items():
         monkeypatch.setenv(name, value)
-    build(Options.model_validate(app.args))
+    call_user_app_builder_with_args_if_necessary(build, app.args)  # as Ray does
 
 
 # ---- one replica, without a cluster ----
