@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -71,25 +71,41 @@ class Server(uvicorn.Server):
 
     def engine_ended(self, error: BaseException) -> None:
         """Called from the engine's thread: nothing more can be answered."""
-        if isinstance(error, DeviceError):
-            self.code = DEVICE_FAILED
-        elif isinstance(error, WeightsChanged):
-            self.code = WEIGHTS_CHANGED
-        elif isinstance(error, GramError):
-            self.code = BAD_MODEL
-        else:
-            self.code = ENGINE_ENDED
-        last = threading.Timer(LAST_RESORT_S, os._exit, (self.code,))
-        last.daemon = True
-        last.start()
+        self.code = code_of(error)
+        leave_soon(lambda: self.code)
         self.should_exit = True
 
     def engine_stalled(self) -> None:
-        """Called from the watchdog: a thread that is stuck in a driver can't be stopped, only the process can."""
-        seconds = self.service.settings.stall_s
-        last_words(STALLED, f"the engine showed no life for {seconds:g} s (GRAM_STALL_S)")
-        sys.stderr.flush()
-        os._exit(STALLED)
+        """Called from the watchdog."""
+        give_up(self.service.settings.stall_s)
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code that says what ended the engine."""
+    if isinstance(error, DeviceError):
+        return DEVICE_FAILED
+    if isinstance(error, WeightsChanged):
+        return WEIGHTS_CHANGED
+    return BAD_MODEL if isinstance(error, GramError) else ENGINE_ENDED
+
+
+def why(failure: BaseException | None) -> str:
+    """What ended the engine, in one line."""
+    return failure.message if isinstance(failure, GramError) else "the engine ended; its traceback is above"
+
+
+def leave_soon(code: Callable[[], int]) -> None:
+    """End the process after a moment for the answers that are on their way; what `code` writes is the last line."""
+    last = threading.Timer(LAST_RESORT_S, lambda: os._exit(code()))
+    last.daemon = True
+    last.start()
+
+
+def give_up(seconds: float) -> NoReturn:
+    """End the process now: a thread that is stuck in a driver can't be stopped, only the process can."""
+    last_words(STALLED, f"the engine showed no life for {seconds:g} s (GRAM_STALL_S)")
+    sys.stderr.flush()
+    os._exit(STALLED)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -141,10 +157,8 @@ def serve(app: FastAPI, settings: Settings, port: socket.socket) -> int:
         return last_words(NO_PORT, f"can't listen on {host}:{number}: {error.strerror}")
     log.info("listening", extra={"fields": {"host": host, "port": number}})
     server.run(sockets=[port])
-    failure = service.engine.failure
     if server.code != OK:
-        otherwise = "the engine ended; its traceback is above"
-        return last_words(server.code, failure.message if isinstance(failure, GramError) else otherwise)
+        return last_words(server.code, why(service.engine.failure))
     if not service.engine.idle:
         return last_words(ABANDONED, f"work was still unfinished after {settings.drain_s} s (GRAM_DRAIN_S)")
     log.info("stopped", extra={"fields": {"code": OK}})

@@ -14,6 +14,7 @@ from starlette.routing import Route
 from gram_core import __version__
 from server import openapi, pages
 from server.answers import ClassifyAnswer
+from server.auth import SCRAPE
 from server.compat import Compat
 from server.engine import Classifier
 from server.errors import ApiError
@@ -28,6 +29,7 @@ def create_app(
     classifier: Classifier | None = None,
     *,
     load: Callable[[], Classifier] | None = None,
+    metrics: bool = True,
 ) -> FastAPI:
     """The server as an ASGI app.
 
@@ -35,22 +37,14 @@ def create_app(
         settings: every limit and default; see `server.settings`.
         classifier: one that is loaded already, for example `server.fake.FakeClassifier()`.
         load: makes one instead, in the engine's thread; without either, `settings` names the model.
+        metrics: whether `/metrics` is among the routes; `metrics_app` serves it apart.
     """
     if classifier is not None and load is not None:
         raise ValueError("Use either 'classifier' or 'load', not both.")
     if classifier is not None:
         load = lambda: classifier  # noqa: E731
     service = Service(settings, load or (lambda: load_classifier(settings)))
-    app = FastAPI(
-        title="GRAM",
-        version=__version__,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-        lifespan=service.lifespan,
-        exception_handlers={HTTPException: _refused_by_framework},
-        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
-    )
+    app = _bare(lifespan=service.lifespan)
     app.state.service = service
     for path in ("/v1/classify", "/classify"):
         app.add_api_route(
@@ -74,16 +68,46 @@ def create_app(
     Resources(service).add_to(app)
     Compat(service).add_to(app)
     app.add_api_route("/info", service.info, operation_id="info", **openapi.info())
-    app.add_api_route("/metrics", service.scrape, operation_id="metrics", response_class=Response, **openapi.metrics())
+    if metrics:
+        _add_metrics(app, service)
     pages.add(app, settings)
     app.openapi = lambda: openapi.document(app)  # type: ignore[method-assign]
+    return _behind_ingress(app, service)
+
+
+def metrics_app(service: Service) -> FastAPI:
+    """`/metrics` of a service alone, under the rules of `create_app`, for a port of its own."""
+    app = _bare()
+    _add_metrics(app, service)
+    return _behind_ingress(app, service)
+
+
+def _bare(**options: Any) -> FastAPI:
+    return FastAPI(
+        title="GRAM",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={HTTPException: _refused_by_framework},
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+        **options,
+    )
+
+
+def _add_metrics(app: FastAPI, service: Service) -> None:
+    app.add_api_route(SCRAPE, service.scrape, operation_id="metrics", response_class=Response, **openapi.metrics())
+
+
+def _behind_ingress(app: FastAPI, service: Service) -> FastAPI:
     app.add_middleware(
         Ingress,
-        settings=settings,
+        settings=service.settings,
         guard=service.guard,
         metrics=service.metrics,
         paths=frozenset(route.path for route in app.routes if hasattr(route, "path")),
         model=service.model_tag,
+        draining=lambda: service.draining,
         tracing=service.tracing,
     )
     return app

@@ -127,6 +127,7 @@ class ClassSets:
 
     def owned(self, owner: str | None) -> list[Definition]:
         """The owner's, latest use last."""
+        self._enabled()
         with self._lock:
             mine = {identity: found for (whose, identity), found in self._kept.items() if whose == owner}
             if self._folder is None:
@@ -136,6 +137,7 @@ class ClassSets:
 
     def drop(self, owner: str | None, identity: str) -> None:
         """Forget one; raises ApiError 404 where there is none."""
+        self._enabled()
         with self._lock:
             if ID.fullmatch(identity) is None or self._look_up(owner, identity) is None:
                 raise not_found()
@@ -143,7 +145,10 @@ class ClassSets:
 
     def _enabled(self) -> None:
         if self._most == 0:
-            sentence = "this server keeps no class sets (GRAM_MAX_CLASS_SETS). Send the classes themselves."
+            sentence = (
+                "this server keeps no class sets (GRAM_MAX_CLASS_SETS, and Ray Serve without GRAM_CLASS_SET_DIR). "
+                "Send the classes themselves."
+            )
             raise ApiError("class_sets_disabled", sentence, param="classes")
 
     # ---- inside, under the lock ----

@@ -146,6 +146,7 @@ class Engine:
         self._queue: deque[Job] = deque()
         self._places: set[Place] = set()
         self._running: list[Job] = []
+        self._busy_s, self._busy_since = 0.0, math.inf  # of batches that are over; when the one that runs began
         self._stopping = False
         self._spent: tuple[float, float] = (0.0, 0.0)  # cost, seconds; older batches fade
         self._brownout = Brownout(settings.brownout)
@@ -191,6 +192,17 @@ class Engine:
         """Cost of everything that was let in and has not started."""
         with self._turn:
             return self._waiting()
+
+    @property
+    def queue_s(self) -> float:
+        """The same in seconds, at the measured rate; 0 before the first batch."""
+        return self.queue_cost / self.rate if self.rate else 0.0
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since the start in which a batch ran."""
+        with self._turn:
+            return self._busy_s + max(0.0, self.clock() - self._busy_since)
 
     @property
     def level(self) -> int:
@@ -410,7 +422,7 @@ class Engine:
         return chosen
 
     def _do(self, classifier: Classifier, jobs: Sequence[Job]) -> None:
-        started = self.clock()
+        started = self._busy_since = self.clock()
         outcomes: dict[Job, Answer | Exception] = {}
         try:
             live = [job for job in jobs if job.future.set_running_or_notify_cancel()]
@@ -433,6 +445,7 @@ class Engine:
             with self._turn:
                 self._running = []
                 self._beat = self.clock()
+                self._busy_s, self._busy_since = self._busy_s + self._beat - started, math.inf
             for job in jobs:
                 job.images = ()
                 if job.future.running():

@@ -46,6 +46,7 @@ STATUS = {
     "rate_limited": 429,
     "internal": 500,
     "class_sets_disabled": 501,
+    "sessions_disabled": 501,
     "not_ready": 503,
     "draining": 503,
     "accelerator_failed": 503,

@@ -70,6 +70,7 @@ class Ingress:
         metrics: Metrics,
         paths: frozenset[str],
         model: Callable[[], str | None],
+        draining: Callable[[], bool],
         tracing: Tracing | None = None,
     ) -> None:
         self.app = app
@@ -78,6 +79,7 @@ class Ingress:
         self.metrics = metrics
         self.paths = paths
         self.model = model
+        self.draining = draining
         self.tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -130,8 +132,10 @@ class Ingress:
             exchange.owner = self.guard.admit(scope["method"], scope["path"], headers, peer)
             declared_length(headers, self.settings.max_body_bytes)
             await self.app(scope, receive, leave)
-        except asyncio.CancelledError:  # the drain time is over
-            if status == CLIENT_GONE:
+        except asyncio.CancelledError:  # the drain time is over; else a client left Ray's proxy, which says it so
+            if not self.draining():
+                self.metrics.disconnects.labels(exchange.stage).inc()
+            elif status == CLIENT_GONE:
                 await refuse(ApiError("draining", "the server stopped before this was done. Ask another one."))
             raise
         except ClientGone:

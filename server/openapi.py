@@ -117,6 +117,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "EmbeddingsAsked": {"input": ["a photo of a cat.", "a photo of a dog."], "encoding_format": "base64"},
 }
 PLACE = re.compile(r"\{(\w+)\}")
+KEPT = ("/v1/class-sets", "/v1/sessions")  # what a server may be told not to keep
 ANSWERED: tuple[type[BaseModel], ...] = (ErrorAnswer, Alive, Ready, Started, Info)
 
 
@@ -170,6 +171,7 @@ def resource(path: str, status: int, answer: Any, asked: type[BaseModel] | bool)
     """Any other route: what it answers with `status` (None: nothing, or bytes), and its JSON body, if it has one
     (True: bytes)."""
     codes = {*ALWAYS, *GUARDED, 404, 503} | ({408, 409, 415, 422, 429, 501, 504} if asked else {429, 504})
+    codes |= {501} if path.startswith(KEPT) else set()
     fine: dict[int | str, dict[str, Any]]
     if answer is not None:
         fine = {status: {"model": answer, "headers": _answer_headers(status)}}

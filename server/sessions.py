@@ -118,9 +118,8 @@ class Sessions:
         ttl_s: float,
     ) -> Session:
         """A new session; the least recently used that nobody is in makes room for it."""
+        self._enabled()
         self.check(memory)
-        if self._most == 0:
-            raise ApiError("session_not_found", "this server keeps no sessions (GRAM_MAX_SESSIONS).")
         self._expire()
         while len(self._kept) >= self._most:
             idle = next((s for s in self._kept.values() if not s.turn.locked()), None)
@@ -146,7 +145,8 @@ class Sessions:
         return session
 
     def find(self, owner: str | None, identity: str) -> Session:
-        """The owner's session; raises ApiError 404."""
+        """The owner's session; raises ApiError 404, and 501 where none are kept."""
+        self._enabled()
         self._expire()
         session = self._kept.get(identity) if ID.fullmatch(identity) else None
         if session is None or session.owner != owner:
@@ -182,6 +182,11 @@ class Sessions:
     def now(self) -> float:
         """Of this object's clock."""
         return self._clock()
+
+    def _enabled(self) -> None:
+        if self._most == 0:
+            sentence = "this server keeps no sessions (GRAM_MAX_SESSIONS, and Ray Serve). Send the images together."
+            raise ApiError("sessions_disabled", sentence, param="session")
 
     def _expire(self) -> None:
         now = self._clock()

@@ -143,6 +143,7 @@ class Settings(BaseSettings):
     log_format: Literal["json", "text"] = "json"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     otlp_endpoint: Endpoint | None = None  # None: no traces
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None  # under Ray Serve alone; None: no listener
 
     @model_validator(mode="after")
     def limits_agree(self) -> Settings:
@@ -172,7 +173,9 @@ class Settings(BaseSettings):
         return self
 
 
-def read_settings(argv: Sequence[str], besides: Collection[str] = (CLIENT_URL,)) -> Settings:
+def read_settings(
+    argv: Sequence[str], besides: Collection[str] = (CLIENT_URL,), *, under_ray: bool = False
+) -> Settings:
     """Flags over environment over defaults; raises `InvalidSettings`.
 
     `besides` are variables that belong to others. A client's key is not among them: whoever gives it to a server
@@ -183,12 +186,15 @@ def read_settings(argv: Sequence[str], besides: Collection[str] = (CLIENT_URL,))
         if name.upper().startswith(PREFIX) and name.upper() not in (*known, *besides):
             raise InvalidSettings(f"unknown setting {name}{_nearest(name.upper(), known)}")
     try:
-        return Settings(**_flags(argv))  # type: ignore[arg-type]  # pydantic converts
+        settings = Settings(**_flags(argv))  # type: ignore[arg-type]  # pydantic converts
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         name = PREFIX + str(first["loc"][0]).upper() + ": " if first["loc"] else ""
         message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         raise InvalidSettings(name + message) from None
+    if settings.metrics_port is not None and not under_ray:
+        raise InvalidSettings("GRAM_METRICS_PORT is for Ray Serve alone; this server answers /metrics on GRAM_PORT")
+    return settings
 
 
 def usage() -> str:

@@ -69,6 +69,7 @@ UNSAID: dict[str, str] = {
     "class_sets_disabled": "classes",  # a server's own choice
     "class_set_not_found": r"(images\.\d+\.)?classes",  # what was posted before
     "session_not_found": "session",
+    "sessions_disabled": "session",
     "duplicate_class": r"(images\.\d+\.)?classes\.\d+",  # equal only after NFC and trimming
     "templates_not_allowed": "templates",
     "method_unavailable": r"adaptation(\.host)?|",  # what this model has

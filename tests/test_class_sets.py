@@ -156,6 +156,8 @@ def test_they_can_be_switched_off_and_a_folder_must_be_writable(tmp_path: Path) 
         for response in (
             server.client.post("/v1/class-sets", json={"classes": NAMES}),
             server.ask(classes={"class_set": "cs_" + "0" * 32}),
+            *(server.client.request(method, f"/v1/class-sets/cs_{'0' * 32}") for method in ("GET", "DELETE")),
+            server.client.get("/v1/class-sets"),
         ):
             assert (response.status_code, code(response)) == (501, "class_sets_disabled")
     (tmp_path / "file").write_text("")

@@ -38,6 +38,10 @@ ELSEWHERE = {
     "python -m gram_core.train": "tests/test_train.py",
     "GRAM_CHECKPOINT=OUT/checkpoint python -m server": "tests/test_server_gram.py",
     "gram doctor": "tests/test_doctor.py",
+    "pip install": "what runs this",
+    "serve ": "tests/test_ray.py",
+    "ray ": "several machines; tests/test_ray.py has a local one",
+    "kubectl ": "a Kubernetes cluster",
 }
 
 

@@ -663,6 +663,7 @@ def test_flags_win_over_variables_and_variables_over_defaults(monkeypatch: pytes
         (["--timeout-ms", "200000"], {}, "GRAM_TIMEOUT_MS is above GRAM_MAX_TIMEOUT_MS"),
         (["--max-inflight-bytes", "1000"], {}, "GRAM_MAX_INFLIGHT_BYTES is below"),
         (["--weights-sha256", "abc"], {}, "GRAM_WEIGHTS_SHA256"),
+        (["--metrics-port", "9100"], {}, "GRAM_METRICS_PORT is for Ray Serve alone"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_named_in_one_line(

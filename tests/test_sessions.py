@@ -339,5 +339,11 @@ def test_requests_on_one_session_run_one_after_the_other() -> None:
 
 def test_sessions_can_be_switched_off() -> None:
     with live(max_sessions=0) as server:
-        refused = server.client.post("/v1/sessions", json={"classes": NAMES})
-        assert (refused.status_code, code(refused)) == (404, "session_not_found")
+        one = f"/v1/sessions/ss_{'0' * 32}"
+        ways = [("GET", one), ("DELETE", one), ("POST", f"{one}/reset"), ("GET", f"{one}/export")]
+        for refused in (
+            server.client.post("/v1/sessions", json={"classes": NAMES}),
+            server.client.post("/v1/classify", json={"images": [b64(png())], "session": "ss_" + "0" * 32}),
+            *(server.client.request(method, way) for method, way in ways),
+        ):
+            assert (refused.status_code, code(refused)) == (501, "sessions_disabled")
