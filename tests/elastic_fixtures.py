@@ -1,7 +1,7 @@
 """Training with a process that is killed once: `python -m tests.elastic_fixtures STAGE ...`.
 
-Rank 1 of the first attempt kills itself, as the kernel would: in `features` of `gram_core.train` when its first part is
-kept, in `meta`, or in the `toy` of `meta_fixtures`, some steps after the state was kept. What follows are their words.
+Rank 1 of the first attempt kills itself, as the kernel would: in `features` of `gram_core.train` when its parts begin,
+in `meta`, or in the `toy` of `meta_fixtures`, some steps after a state was kept. What follows are their words.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from prototypes.cleaning import distinct
 from prototypes.cluster import KINDS, ClusterConfig, grow
 from prototypes.hierarchy import Hierarchy
 from prototypes.team import ALONE, Team
-from prototypes.vectors import group_means, nearest, spherical_kmeans, total, unit
+from prototypes.vectors import group_means, nearest, partition, spherical_kmeans, total, unit
 from tests.prototypes_fixtures import SIZES, plant, together
 
 TREE = ("level", "parent", "label", "visual", "text", "concentration", "rank", "confusion", "kappa", "visual_mean")
@@ -116,3 +117,24 @@ def test_rows_that_nothing_tells_apart_are_survived() -> None:
     stay = distinct(x.__getitem__, len(x), 0.97, 0).tolist()
     assert stay[0] == 0
     assert len(stay) <= 4  # the last rows of a matrix product may be rounded otherwise, and so lie in another cell
+
+
+def test_every_process_searches_on_the_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of faiss on a GPU only the call is tested here: which card it names."""
+    cards: list[int] = []
+
+    def search(_: object, x: np.ndarray, __: object, k: int, *, metric: int, device: int) -> tuple[np.ndarray, ...]:
+        assert metric == faiss.METRIC_INNER_PRODUCT
+        cards.append(device)
+        return np.zeros((len(x), k), np.float32), np.zeros((len(x), k), np.int64)
+
+    monkeypatch.setattr("prototypes.vectors.GPU_FROM", 0)
+    for name, fake in {"get_num_gpus": lambda: 4, "StandardGpuResources": object, "knn_gpu": search}.items():
+        monkeypatch.setattr(faiss, name, fake, raising=False)
+    x = unit(np.random.default_rng(0).standard_normal((40, 8)))
+    team = Team(5, 8, gpu=1)
+    nearest(x, x[:3], team=team)
+    nearest(x, x[:3], team=team.alone)
+    assert cards == [1, 1]
+    partition(x.__getitem__, np.arange(40), 3, 1, 0, Team(gpu=2))
+    assert set(cards) == {1, 2}
