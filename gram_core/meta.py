@@ -2,7 +2,7 @@
 
 Step s averages the losses of episodes s M to s M + M - 1. An episode depends on its number alone and nothing else here
 draws, so a run goes on exactly where its last kept state stood, and processes that share the episodes of a step do what
-one does: gradients are added in double precision, and rounded once. What an episode holds is the learner's affair.
+one does, bit for bit: gradients are added in the order of episodes. What an episode holds is the learner's affair.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -34,6 +38,7 @@ from gram_core.regulators import REGULATORS, Context, Regulator, bind
 from gram_core.types import Params
 
 STATE, FORMAT = "state.safetensors", 1
+PATIENCE = timedelta(days=7)  # what one process does alone may take long: torchrun ends the others if it fails
 SURE = 1.96  # standard errors either side of a mean: 95 %
 
 Metrics: TypeAlias = dict[str, float]
@@ -111,7 +116,7 @@ class World:
         return numbers[self.rank :: self.size]
 
     def add(self, values: Tensor) -> None:
-        """Replace `values`, on the CPU, by their sum over all processes."""
+        """Replace `values`, on the CPU, by their sum over all processes; exact where all but one of them give 0."""
         if self.size > 1:
             distributed.all_reduce(values)
 
@@ -129,6 +134,40 @@ class World:
         distributed.all_gather(all_, padded)
         whole = zip(all_, lengths, strict=True)
         return [json.loads(bytes(one[: int(length)].numpy())) for one, length in whole]
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """The processes that `torchrun` started, connected while the block lasts; nothing where it started none."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    store, rank, size = next(distributed.rendezvous("env://"))  # type: ignore[attr-defined]  # it is there
+    own = distributed.PrefixStore(attempt(store, rank, size), store)  # type: ignore[attr-defined]  # likewise
+    distributed.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def attempt(store: Any, rank: int, size: int) -> str:
+    """A name that the processes of this start have in common, and those of no earlier one; `store` is torch's.
+
+    torchrun keeps its store over restarts, with the addresses of processes that are dead: gloo would wait for them for
+    ever. Rank 0 answers whoever is there until every rank has heard it; nobody else answers a fresh token.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"here/{rank}", mine)
+        name: str = store.get(f"name/{mine}").decode()
+        store.set(f"heard/{name}/{rank}", "")
+        return name
+    while not store.check([f"heard/{mine}/{other}" for other in range(1, size)]):
+        for other in range(1, size):
+            store.set(f"name/{store.get(f'here/{other}').decode()}", mine)
+        time.sleep(0.05)
+    return mine
 
 
 # ---- one step ----------------------------------------------------------------------------------------------------
@@ -193,17 +232,20 @@ def outer_step(
     """
     config = optimizer.config
     sizes = [p.numel() for p in params.values()]
-    total = torch.zeros(sum(sizes), dtype=torch.float64)
+    first = step * config.episodes
+    each_of = torch.zeros(config.episodes, sum(sizes), dtype=torch.float64)
     mine = []
-    for i in world.share(range(step * config.episodes, (step + 1) * config.episodes)):
+    for i in world.share(range(first, first + config.episodes)):
         loss, metrics = learner.loss(params, tasks.episode(i, step / config.steps))
-        grad = torch.zeros_like(total)
+        grad = each_of[i - first]
         if loss.requires_grad:  # an episode may say nothing about what is learned
             each = torch.autograd.grad(loss, list(params.values()), allow_unused=True, materialize_grads=True)
-            grad = torch.cat([g.detach().flatten().cpu().double() for g in each])
-        total += grad
+            grad.copy_(torch.cat([g.detach().flatten().cpu().double() for g in each]))
         mine.append([i, {"loss": float(loss.detach()), **metrics}, bool(grad.isfinite().all())])
-    world.add(total)
+    world.add(each_of)
+    total = torch.zeros_like(each_of[0])
+    for grad in each_of:
+        total += grad
     reports = sorted(report for part in world.gather(mine) for report in part)
     for i, metrics, finite in reports:
         if not (finite and math.isfinite(metrics["loss"])):
@@ -481,8 +523,8 @@ def train(
     """Learn for `config.steps` steps, or go on from the state in `folder`; its end.
 
     `made_from` names all that the outcome depends on besides `config`: a state of something else is refused.
-    The outcome is that of an undisturbed run bit for bit, and, for equal numbers of threads, of any number of
-    processes up to the last bit of a sum. Raises TrainingDiverged and InvalidData.
+    The outcome is that of an undisturbed run bit for bit, with any number of processes, on processors of one kind with
+    equal numbers of threads each. Raises TrainingDiverged and InvalidData.
     """
     world = World.here()
     shaping = {name: value for name, value in vars(config).items() if name != "keep_every"}

@@ -4,7 +4,8 @@ Stages, each in a folder of its own below `--out`, each skipped where it is done
 `features` of the pairs, `views` of images that the towers were not fitted on, `tree` with its prototype bank, `meta`,
 the outer loop, and `checkpoint`, what the server loads: bank, weights, and a header that says how they came about.
 A run that was killed at any moment ends, when the same command is given again, with the same bytes. Under `torchrun`
-the processes share features, views and the episodes of a step; `--out` must be one folder for all of them.
+the processes share features, views, clustering and the episodes of a step, each with a GPU of its own where there are
+any; `--out` must be one folder for all of them. How many they are changes no byte (docs/training.md says where not).
 
 Exit codes: 0 done, 2 an option or recipe is wrong, 65 data or model can't be used or training diverged, 130 interrupted
 (run the same command again: it goes on where it stopped). `torchrun` itself ends with 1 for all but 0.
@@ -18,14 +19,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
-from torch import distributed
 
 import gram_core
 from gram_core import backbone as towers
@@ -47,11 +48,11 @@ from prototypes.bank import PrototypeBank, Root, load_bank, load_root, save_bank
 from prototypes.cache import FeatureCache
 from prototypes.cluster import ClusterConfig, Sizes, grow
 from prototypes.hierarchy import LEVELS, Hierarchy, load_hierarchy, save_hierarchy
+from prototypes.team import Team
 
 PROGRAM = "python -m gram_core.train"
 FEATURES, VIEWS, TREE, META, CHECKPOINT = "features", "views", "tree", "meta", "checkpoint"
 MADE, SEEN = "made.json", "seen.json"
-PATIENCE = timedelta(days=7)  # a stage that one process does alone: torchrun ends the others if it fails
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +139,8 @@ def run(config: TrainConfig, console: Console) -> Checkpoint | None:
     views = replace(config.views, workers=config.views.workers or config.workers)
     unseen.build(sources, keys, out / VIEWS, backbone, console, views, rank=world.rank, world=world.size)
     world.gather("views")
-    if world.rank == 0:
-        with _in_words():
-            _plant(config, backbone, out, console)
+    with _in_words():
+        _plant(config, backbone, out, console, world)
     world.gather("tree")
     with _in_words():
         tree = load_hierarchy(out / TREE, fingerprint=backbone.fingerprint)
@@ -238,6 +238,13 @@ def _unseen_keys(config: TrainConfig, sources: Sequence[Source]) -> list[str]:
     return keys
 
 
+class _Team(Team):
+    """The processes of a `World`, for what `prototypes` shares."""
+
+    def add(self, values: NDArray[np.float64] | NDArray[np.int64]) -> None:
+        World(self.rank, self.size).add(torch.from_numpy(values))
+
+
 @contextmanager
 def _in_words() -> Iterator[None]:
     """What `prototypes` says of its input, as an error of this package."""
@@ -247,8 +254,8 @@ def _in_words() -> Iterator[None]:
         raise InvalidData(str(error)) from error
 
 
-def _plant(config: TrainConfig, backbone: Backbone, out: Path, console: Console) -> None:
-    """Tree and bank, unless they are there; `made.json` is written last and says what they are of."""
+def _plant(config: TrainConfig, backbone: Backbone, out: Path, console: Console, world: World) -> None:
+    """Tree and bank, unless they are there; all processes make them, rank 0 writes them, `made.json` last."""
     cache = FeatureCache.open(out / FEATURES, fingerprint=backbone.fingerprint)
     of = json.loads((out / FEATURES / pairs.HEADER).read_bytes())["made_from"]
     made_from = pairs.digest([of, asdict(config.tree), backbone.logit_scale])
@@ -258,6 +265,7 @@ def _plant(config: TrainConfig, backbone: Backbone, out: Path, console: Console)
         theirs = None
     except (ValueError, KeyError, TypeError):
         raise InvalidData(f"{out / TREE / MADE} is damaged. Delete {out / TREE}.") from None
+    theirs = world.gather(theirs)[0]  # all go on, or none
     if theirs not in (None, made_from):
         raise InvalidData(
             f"{out / TREE} is the tree of other pairs or options. Delete it, or name another folder with --out."
@@ -269,9 +277,13 @@ def _plant(config: TrainConfig, backbone: Backbone, out: Path, console: Console)
     def report(line: str) -> None:
         console.print(f"tree: {line}", markup=False, highlight=False, soft_wrap=True)
 
-    tree = grow(cache, config.tree.cluster(len(cache), backbone.logit_scale), report=report)
+    team = _Team(world.rank, world.size, backbone.device.index or 0)
+    tree = grow(cache, config.tree.cluster(len(cache), backbone.logit_scale), report=report, team=team)
+    bank = PrototypeBank.build(tree, cache, seed=config.tree.seed, team=team)
+    if world.rank:
+        return
     save_hierarchy(out / TREE, tree)
-    save_bank(out / TREE, PrototypeBank.build(tree, cache, seed=config.tree.seed))
+    save_bank(out / TREE, bank)
     with pairs.beside(out / TREE / MADE) as file:
         file.write(pairs.json_line({"made_from": made_from}))
 
@@ -347,17 +359,11 @@ def main(words: Sequence[str] | None = None) -> int:
     description = __doc__.partition("\n\n")[0]
     config = parse(TrainConfig, words, program=PROGRAM, description=description, recipe="CONFIG.toml")
     said = Console(stderr=True)
-    shared = "RANK" in os.environ
     quiet = os.environ.get("RANK", "0") != "0"
 
     def work() -> None:
-        if shared:
-            distributed.init_process_group("gloo", timeout=PATIENCE)
-        try:
+        with meta.joined():
             made = run(config, Console(stderr=True, quiet=quiet))
-        finally:
-            if shared:
-                distributed.destroy_process_group()
         if made is not None:
             count = sum(w.numel() for w in made.params.values())
             told = f"{config.out / CHECKPOINT}: {count:,} weights, SHA-256 {made.sha256[:16]}."

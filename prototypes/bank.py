@@ -21,6 +21,7 @@ from prototypes import complexity, store
 from prototypes.cache import FeatureCache
 from prototypes.cluster import Space
 from prototypes.hierarchy import CONCEPT, LEVELS, MODE, ROOT, THEME, Hierarchy
+from prototypes.team import ALONE, Team
 from prototypes.vectors import Floats, Ints, by_first, group_means, nearest, partition, spherical_kmeans, unit
 
 ARRAYS, HEADER = "root.safetensors", "root.json"
@@ -207,8 +208,9 @@ class PrototypeBank:
         bounds: Mapping[int, tuple[int, int]] = PROTOTYPES,
         seed: int = 0,
         flat_below: int = FLAT_BELOW,
+        team: Team = ALONE,
     ) -> PrototypeBank:
-        """Prototypes of a hierarchy from the cache it was grown from.
+        """Prototypes of a hierarchy from the cache it was grown from; every process of `team` gets the same ones.
 
         A mode gets k-means centres of its images, as many as its complexity says; levels above get k-means over
         the centres below them (HCSC, Guo et al. 2022, bottom-up), so that every prototype has one parent.
@@ -218,7 +220,7 @@ class PrototypeBank:
                 f"the tree is of model {tree.fingerprint[:16]}, the cache of {cache.fingerprint[:16]}; "
                 "use the cache that the tree was grown from."
             )
-        levels = [_of_modes(tree, Space(cache, cache.rows(tree.keys)), bounds[MODE], seed)]
+        levels = [_of_modes(tree, Space(cache, cache.rows(tree.keys), team=team), bounds[MODE], seed)]
         parents: list[Ints] = []
         for level in (CONCEPT, THEME, ROOT):
             above, parent = _above(tree, levels[0], level, bounds.get(level, (1, 1)), seed)
@@ -262,21 +264,28 @@ class _Level:
 
 def _of_modes(tree: Hierarchy, space: Space, bounds: tuple[int, int], seed: int) -> _Level:
     """k-means of every mode's images; each prototype has at least MEMBERS_EACH members where its mode has two."""
-    nodes, groups = tree.nodes(MODE), tree.groups(MODE)
+    nodes, groups, team = tree.nodes(MODE), tree.groups(MODE), space.team
     wanted = complexity.prototypes(tree.kappa[nodes], *bounds)
-    label, node, number = np.empty(len(tree.keys), np.int64), [], 0
-    for u, members, k in zip(nodes, groups, wanted, strict=True):
-        part = partition(space.image, members, int(k), MEMBERS_EACH, seed)
-        label[members] = part + number
-        number += int(part.max()) + 1
-        node += [u] * (int(part.max()) + 1)
-    visual, text = (group_means(take, label, number) for take in (space.raw_image, space.raw_text))
-    order = np.argsort(label, kind="stable")
-    phi, medoids = np.empty(number, np.float32), []
-    for i, members in enumerate(np.split(order, np.searchsorted(label[order], np.arange(1, number)))):
-        phi[i] = complexity.concentration(space.image(members))
-        medoids.append(tree.keys[members[int(np.argmax(space.raw_image(members) @ visual[i]))]])
-    return _Level(visual, text, phi, np.array(node, np.int64), np.bincount(label).astype(np.int64), medoids)
+    own, counts = np.zeros(len(tree.keys), np.int64), np.zeros(len(nodes), np.int64)
+    for i in team.deal([len(group) * int(k) for group, k in zip(groups, wanted, strict=True)]):
+        own[groups[i]] = partition(space.image, groups[i], int(wanted[i]), MEMBERS_EACH, seed, team.alone)
+        counts[i] = own[groups[i]].max() + 1
+    team.add(own)
+    team.add(counts)
+    number = int(counts.sum())
+    label = own + (np.cumsum(counts) - counts)[tree.label[MODE - 1] - nodes[0]]
+    visual, text = (group_means(take, label, number, team) for take in (space.raw_image, space.raw_text))
+    order, sizes = np.argsort(label, kind="stable"), np.bincount(label)
+    parts = np.split(order, np.cumsum(sizes)[:-1])
+    phi, medoids = np.zeros(number), np.zeros(number, np.int64)
+    for i in team.deal(sizes):
+        phi[i] = complexity.concentration(space.image(parts[i]))
+        medoids[i] = parts[i][int(np.argmax(space.raw_image(parts[i]) @ visual[i]))]
+    team.add(phi)
+    team.add(medoids)
+    keys = [tree.keys[i] for i in medoids]
+    node = np.repeat(nodes, counts)
+    return _Level(visual, text, phi.astype(np.float32), node, sizes.astype(np.int64), keys)
 
 
 def _above(tree: Hierarchy, below: _Level, level: int, bounds: tuple[int, int], seed: int) -> tuple[_Level, Ints]:
@@ -285,8 +294,9 @@ def _above(tree: Hierarchy, below: _Level, level: int, bounds: tuple[int, int], 
     weight = below.count.astype(np.float32)
     parent = np.empty(len(below.node), np.int64)
     node: list[int] = []
-    for u, k in zip(tree.nodes(level), complexity.prototypes(tree.kappa[tree.nodes(level)], *bounds), strict=True):
-        children = np.flatnonzero(tree.parent[below.node] == u)
+    nodes, above = tree.nodes(level), tree.parent[below.node]  # children of one node are together
+    families = np.split(np.arange(len(above)), np.searchsorted(above, nodes[1:]))
+    for u, k, children in zip(nodes, complexity.prototypes(tree.kappa[nodes], *bounds), families, strict=True):
         label = np.zeros(len(children), np.int64)
         if k > 1 and len(children) > 1:
             centres = spherical_kmeans(centred[children], int(min(k, len(children))), seed, weight[children])

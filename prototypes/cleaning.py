@@ -12,13 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prototypes.cache import FeatureCache
-from prototypes.vectors import Floats, Ints, Take, blocks, nearest, spherical_kmeans
+from prototypes.team import ALONE, Team
+from prototypes.vectors import Floats, Ints, Take, assign, blocks, nearest, spherical_kmeans
 
 __all__ = ["Kept", "clean", "distinct"]
 
 UNIT_TOLERANCE = 1e-2  # float16 towers normalise to about 1e-3
 STEP = 1_024  # rows of one step of the search for duplicates
 CELL = 20_000  # rows up to which every pair is compared; beyond, only pairs in one cell
+REGION = 2**16  # rows of the regions that more rows than `REGIONAL` are cut into first, so that work stays linear
+REGIONAL, REGIONS = 2**20, 1_024
 PASSES = 2  # over differently cut cells: a pair that one cut parts is found by the other
 
 
@@ -39,19 +42,20 @@ def clean(
     leak: float,
     leaks: Floats | None,
     seed: int,
+    team: Team = ALONE,
 ) -> Kept:
     """Apply the rules in turn: captions, agreement above `quantile`, cosine to `leaks` (L, D), near-duplicates.
 
     Of near-duplicates (image cosine above `duplicate`) the one with the first key stays. The answer depends on
     keys and features only, never on the order of the rows.
     """
-    names = cache.keys()
+    names, captioned = cache.keys(), cache.captioned()
     order = np.array(sorted(range(len(names)), key=names.__getitem__), np.int64)
     dropped: dict[str, int] = {}
-    rows = order[cache.captioned()[order]]
+    rows = order[captioned[order]]
     dropped["no caption"] = len(order) - len(rows)
     if len(rows):
-        agreement = _agreement(cache, rows, names)
+        agreement = _agreement(cache, rows, names, team)
         kept = agreement >= np.quantile(agreement, quantile)
         dropped["low agreement"] = int((~kept).sum())
         rows = rows[kept]
@@ -61,25 +65,27 @@ def clean(
                 f"the images to keep out have shape {leaks.shape}, expected finite (L, {cache.dimension}); "
                 "cache them with the same model."
             )
-        kept = np.concatenate(
-            [nearest(cache.image[rows[part]], leaks)[0][:, 0] <= leak for part in blocks(len(rows))]
-            or [np.empty(0, bool)]
-        )
+        cosine = np.zeros(len(rows))
+        for part in blocks(len(rows), team=team):
+            cosine[part] = nearest(cache.image[rows[part]], leaks, team=team)[0][:, 0]
+        team.add(cosine)
+        kept = cosine <= leak
         dropped["test images"] = int((~kept).sum())
         rows = rows[kept]
     before = len(rows)
     for attempt in range(PASSES if len(rows) > CELL else 1):
         sofar = rows
         # mypy has no type for a lambda with a default, which binds this turn's rows
-        rows = rows[distinct(lambda p, sofar=sofar: cache.image[sofar[p]], len(rows), duplicate, seed + attempt)]  # type: ignore[misc]
+        take: Take = lambda p, sofar=sofar: cache.image[sofar[p]]  # type: ignore[misc]  # noqa: E731
+        rows = rows[distinct(take, len(rows), duplicate, seed + attempt, team)]
     dropped["near-duplicates"] = before - len(rows)
     return Kept(rows, tuple(names[row] for row in rows), dropped)
 
 
-def _agreement(cache: FeatureCache, rows: Ints, names: Sequence[str]) -> NDArray[np.float64]:
+def _agreement(cache: FeatureCache, rows: Ints, names: Sequence[str], team: Team) -> NDArray[np.float64]:
     """(n,) cosine of image and caption; refuses rows that are not finite and of unit norm."""
-    found = np.empty(len(rows))
-    for part in blocks(len(rows)):
+    found = np.zeros(len(rows))
+    for part in blocks(len(rows), team=team):
         pair = [np.asarray(array[rows[part]], np.float64) for array in (cache.image, cache.caption)]
         for x, kind in zip(pair, ("image", "caption"), strict=True):
             wrong = np.flatnonzero(~(np.abs(np.linalg.norm(x, axis=1) - 1.0) <= UNIT_TOLERANCE))
@@ -91,24 +97,45 @@ def _agreement(cache: FeatureCache, rows: Ints, names: Sequence[str]) -> NDArray
                     f"({len(wrong)} such rows nearby); make the cache in {cache.folder} again."
                 )
         found[part] = (pair[0] * pair[1]).sum(axis=1)
+    team.add(found)
     return found
 
 
-def distinct(take: Take, count: int, threshold: float, seed: int) -> Ints:
+def distinct(take: Take, count: int, threshold: float, seed: int, team: Team = ALONE) -> Ints:
     """Positions (m,) that stay when everything with cosine above `threshold` to an earlier one that stays is dropped.
 
-    Exact up to `CELL` rows. Beyond, rows are cut into about sqrt(n) cells first and compared inside their cell.
+    Exact up to `CELL` rows. Beyond, rows are cut into about sqrt(n) cells first and compared inside their cell; beyond
+    `REGIONAL` rows into regions that are cut once more, so that no row meets more than some 2,000 others.
     """
     if count <= CELL:
         return _first(take, np.arange(count), threshold)
-    cells = int(np.sqrt(count))
-    rng = np.random.default_rng([seed, count])
-    sample = np.sort(rng.choice(count, min(count, 32 * cells), replace=False)).astype(np.int64)
-    centres = spherical_kmeans(np.asarray(take(sample), np.float32), cells, seed)
-    cell = np.concatenate([nearest(take(np.arange(p.start, p.stop)), centres)[1][:, 0] for p in blocks(count)])
+    stays = np.zeros(count, np.int64)
+    cells = _cells(take, np.arange(count), seed, team)
+    for i in team.deal([len(cell) * np.sqrt(len(cell)) for cell in cells]):
+        stays[_within(take, cells[i], threshold, seed, team.alone)] = 1
+    team.add(stays)
+    return np.flatnonzero(stays).astype(np.int64)
+
+
+def _within(take: Take, members: Ints, threshold: float, seed: int, team: Team) -> Ints:
+    """The rule inside one cell."""
+    cells = _cells(take, members, seed, team) if len(members) > CELL else [members]
+    if len(cells) == 1:  # small, or nothing tells its rows apart
+        return _first(take, members, threshold)
+    return np.concatenate([_within(take, cell, threshold, seed, team) for cell in cells])
+
+
+def _cells(take: Take, members: Ints, seed: int, team: Team) -> list[Ints]:
+    """`members` by the nearest of some centres, each in their order; cells without any are left out."""
+    n = len(members)
+    count = int(np.sqrt(n)) if n <= REGIONAL else min(REGIONS, -(-n // REGION))
+    rng = np.random.default_rng([seed, n])
+    sample = np.sort(rng.choice(n, min(n, 32 * count), replace=False)).astype(np.int64)
+    centres = spherical_kmeans(np.asarray(take(members[sample]), np.float32), count, seed, team=team)
+    cell = assign(take, members, centres, team)
     order = np.argsort(cell, kind="stable").astype(np.int64)
-    groups = np.split(order, np.searchsorted(cell[order], np.arange(1, cells)))
-    return np.sort(np.concatenate([_first(take, group, threshold) for group in groups]))
+    groups = np.split(members[order], np.searchsorted(cell[order], np.arange(1, count)))
+    return [group for group in groups if len(group)]
 
 
 def _first(take: Take, members: Ints, threshold: float) -> Ints:

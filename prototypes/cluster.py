@@ -2,14 +2,14 @@
 
 Language decides labels (concepts are clusters of captions), vision decides domains (modes are clusters of images), the
 joint space decides themes. How far a node is split follows from its complexity and the number of pairs
-(docs/method.md). Seeded; the tree depends on keys and features, never on the order of rows.
+(docs/method.md). Seeded; the tree depends on keys and features, never on the order of rows, nor on how many processes
+of a `Team` share the work: rows of large nodes are dealt to them, and small nodes whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from prototypes.cache import FeatureCache
 from prototypes.cleaning import clean
 from prototypes.hierarchy import CONCEPT, MODE, ROOT, THEME, Hierarchy
 from prototypes.naming import Phrasebook
-from prototypes.vectors import Floats, Ints, Take, blocks, group_means, partition, unit
+from prototypes.team import ALONE, Team
+from prototypes.vectors import Floats, Ints, Take, blocks, group_means, partition, total, unit
 
 __all__ = ["KINDS", "ClusterConfig", "Sizes", "Space", "grow"]
 
@@ -33,6 +34,8 @@ KINDS: dict[str, tuple[str, str, str]] = {  # what splits root, themes and conce
 }
 MEASURED = 4_096  # members of a node that its complexity is measured on
 PCA_ROWS = 65_536
+PER_ROW = 8  # what a row of a node costs besides its children, in children
+LARGE = 0.25  # of a process's fair share: nodes that cost more are split by all processes together
 Report = Callable[[str], None]
 
 
@@ -97,33 +100,31 @@ class ClusterConfig:
 class Space:
     """Features of n kept pairs by position, modality gap removed; reads blocks of the cache, holds means only."""
 
-    def __init__(self, cache: FeatureCache, rows: Ints, components: int = 128) -> None:
-        self.cache, self.rows = cache, rows
-        self.visual_mean, self.text_mean = self._mean(cache.image), self._mean(cache.caption)
+    def __init__(self, cache: FeatureCache, rows: Ints, components: int = 128, team: Team = ALONE) -> None:
+        self.cache, self.rows, self.team = cache, rows, team
+        self.visual_mean, self.text_mean = self._mean(self.raw_image), self._mean(self.raw_text)
         self.components = components
+        self._components: tuple[Floats, Floats] | None = None
 
-    @cached_property
-    def _components(self) -> tuple[Floats, Floats]:
+    def _found(self) -> tuple[Floats, Floats]:
         """Centre (2 D,) and axes (2 D, components) of the joint space, from an even sample of the pairs."""
         sample = np.arange(len(self.rows))
         if len(self.rows) > PCA_ROWS:
             sample = np.linspace(0, len(self.rows) - 1, PCA_ROWS).astype(np.int64)
-        d = 2 * self.cache.dimension
-        total, moment = np.zeros(d), np.zeros((d, d))
-        for part in blocks(len(sample)):
-            z = self._both(sample[part])
-            total += z.sum(axis=0, dtype=np.float64)
-            moment += z.T @ z
-        centre = total / len(sample)
-        values, vectors = np.linalg.eigh(moment / len(sample) - np.outer(centre, centre))
+        d, parts = 2 * self.cache.dimension, list(blocks(len(sample)))
+        sums, moments = np.zeros((len(parts), d)), np.zeros((len(parts), d, d))
+        for i in range(self.team.rank, len(parts), self.team.size):
+            z = self._both(sample[parts[i]])
+            sums[i], moments[i] = z.sum(axis=0, dtype=np.float64), z.T @ z
+        self.team.add(sums)
+        self.team.add(moments)
+        centre = sums.sum(axis=0) / len(sample)
+        values, vectors = np.linalg.eigh(moments.sum(axis=0) / len(sample) - np.outer(centre, centre))
         largest = values > 1e-7 * max(float(values[-1]), 1e-12)
         return centre.astype(np.float32), vectors[:, largest][:, ::-1][:, : self.components].astype(np.float32)
 
-    def _mean(self, array: Floats) -> Floats:
-        total = np.zeros(array.shape[1])
-        for part in blocks(len(self.rows)):
-            total += array[self.rows[part]].sum(axis=0, dtype=np.float64)
-        return (total / len(self.rows)).astype(np.float32)
+    def _mean(self, take: Take) -> Floats:
+        return (total(take, len(self.rows), self.team) / len(self.rows)).astype(np.float32)
 
     def _both(self, at: Ints) -> Floats:
         return np.concatenate([self.image(at), self.text(at)], axis=1) * np.float32(np.sqrt(0.5))
@@ -142,13 +143,15 @@ class Space:
         """norm(t - mean t) (n, D)."""
         return unit(self.raw_text(at) - self.text_mean)
 
-    def joint(self, at: Ints) -> Floats:
-        """The first principal components of [image; text], of unit norm (n, components)."""
-        centre, axes = self._components
-        return unit((self._both(at) - centre) @ axes)
-
     def take(self, modality: str) -> Take:
-        return {"image": self.image, "text": self.text, "joint": self.joint, "none": self.joint}[modality]
+        """`image`, `text`, or the first principal components of [image; text], of unit norm (n, components).
+
+        All processes of the team ask for it, since they find the components together.
+        """
+        if modality in ("image", "text"):
+            return self.image if modality == "image" else self.text
+        centre, axes = self._components = self._components or self._found()
+        return lambda at: unit((self._both(at) - centre) @ axes)
 
 
 def grow(
@@ -157,9 +160,12 @@ def grow(
     *,
     leaks: Floats | None = None,
     report: Report = lambda _: None,
+    team: Team = ALONE,
 ) -> Hierarchy:
     """Cluster a cache into a hierarchy; `leaks` (L, D) are features of images that must not be in it.
 
+    Every process of `team` gets the same one, bit for bit that of one process alone (on processors of one kind, with
+    as many threads each).
     Raises ValueError in words when the cache is damaged or leaves too few pairs.
     """
     config = config or ClusterConfig()
@@ -171,6 +177,7 @@ def grow(
         leak=config.leak,
         leaks=leaks,
         seed=config.seed,
+        team=team,
     )
     sizes = config.sizes or Sizes.of(len(kept.rows))
     if len(kept.rows) < sizes.smallest_concept:
@@ -179,7 +186,7 @@ def grow(
             f"{sizes.smallest_concept} of the smallest concept; give more pairs, or lower quantile and sizes."
         )
     report(f"{len(kept.rows):,} pairs kept ({_told(kept.dropped)})")
-    space = Space(cache, kept.rows, config.components)
+    space = Space(cache, kept.rows, config.components, team)
     growth = _Growth(space, sizes, config)
     label = growth.split(report)
     book = Phrasebook.of(cache, kept.rows)
@@ -192,7 +199,7 @@ def grow(
     report(f"{int((~inside).sum()):,} pairs dropped with concepts whose names don't fit their images")
     stay = np.flatnonzero(inside).astype(np.int64)
     label, book = label[:, stay], Phrasebook.of(cache, kept.rows[stay])
-    final = Space(cache, kept.rows[stay], config.components) if len(stay) < len(inside) else space
+    final = Space(cache, kept.rows[stay], config.components, team) if len(stay) < len(inside) else space
     if config.kind == "random":
         label = label[:, np.random.default_rng([config.seed, 1]).permutation(label.shape[1])]
         label = np.stack([np.unique(row, return_inverse=True)[1] for row in label])
@@ -224,7 +231,8 @@ class _Growth:
         theme = np.zeros(n, np.int64)
         if self.by[0] != "none":
             themes = max(1, min(s.themes, n // s.smallest_concept))
-            theme = partition(self.space.take(self.by[0]), np.arange(n), themes, s.smallest_concept, self.config.seed)
+            take, team = self.space.take(self.by[0]), self.space.team
+            theme = partition(take, np.arange(n), themes, s.smallest_concept, self.config.seed, team)
         report(f"{theme.max() + 1:,} themes")
         concepts = s.concepts
         if self.config.kind == "flat":  # as many as a tree of middling complexity would have
@@ -243,16 +251,29 @@ class _Growth:
         if self.config.kind == "flat":
             wanted = np.array([min(bounds[1], len(label) // smallest)])
         else:
-            kappa = _measure(self.space, label, above, modality, self.config)[3]
+            text = group_means(self.space.raw_text, label, len(groups), self.space.team)
+            kappa = _measure(self.space, label, above, text, modality, self.config)[3]
             wanted = complexity.children(kappa, [len(g) for g in groups], *bounds, smallest)
             if bounds[1] == 1:
                 wanted[:] = 1
-        child = np.empty(len(label), np.int64)
-        take, number = self.space.take(modality), 0
-        for i, (group, k) in enumerate(zip(groups, wanted, strict=True)):
-            child[group] = number + partition(take, group, int(k), smallest, self.config.seed + i + 1)
-            number = int(child[group].max()) + 1
-        return child
+        take, team = self.space.take(modality), self.space.team
+        child, counts = np.zeros(len(label), np.int64), np.zeros(len(groups), np.int64)
+
+        def split(i: int, team: Team) -> None:
+            own = partition(take, groups[i], int(wanted[i]), smallest, self.config.seed + i + 1, team)
+            if team.rank == 0:
+                child[groups[i]], counts[i] = own, own.max() + 1
+
+        costs = np.array([len(group) for group in groups]) * (wanted + PER_ROW)
+        shared = team.size * costs > costs.sum() * LARGE
+        for i in np.flatnonzero(shared):
+            split(int(i), team)
+        for i in team.deal(np.where(shared, 0, costs)):
+            if not shared[i]:
+                split(int(i), team.alone)
+        team.add(child)
+        team.add(counts)
+        return child + (np.cumsum(counts) - counts)[label]
 
 
 def _groups(label: Ints) -> list[Ints]:
@@ -262,22 +283,25 @@ def _groups(label: Ints) -> list[Ints]:
 
 
 def _measure(
-    space: Space, label: Ints, above: Ints, modality: str, config: ClusterConfig
+    space: Space, label: Ints, above: Ints, text: Floats, modality: str, config: ClusterConfig
 ) -> tuple[NDArray[np.float64], ...]:
-    """Concentration, effective rank, confusion and kappa, each (k,), of the nodes `label` with parents `above`."""
+    """Concentration, effective rank, confusion and kappa, each (k,), of the nodes `label` with parents `above`.
+
+    `text` (k, D) are the nodes' raw mean caption features; children of one parent have consecutive numbers.
+    """
     groups = _groups(label)
-    text = group_means(space.raw_text, label, len(groups))
     parent = np.array([above[group[0]] for group in groups])
-    take, found = space.take(modality), np.empty((3, len(groups)))
-    for i, group in enumerate(groups):
+    take, found = space.take(modality), np.zeros((3, len(groups)))
+    for i in space.team.deal([min(len(group), MEASURED) for group in groups]):
+        group = groups[i]
         if len(group) > MEASURED:
             group = group[np.linspace(0, len(group) - 1, MEASURED).astype(np.int64)]
         x = take(group)
-        siblings = np.flatnonzero(parent == parent[i])
-        own = int(np.searchsorted(siblings, i))
+        first, end = np.searchsorted(parent, parent[i]), np.searchsorted(parent, parent[i], side="right")
         found[0, i] = complexity.concentration(x)
         found[1, i] = complexity.effective_rank(x)
-        found[2, i] = complexity.confusion(space.raw_image(group), text[siblings], own, config.logit_scale)
+        found[2, i] = complexity.confusion(space.raw_image(group), text[first:end], int(i - first), config.logit_scale)
+    space.team.add(found)
     kappa = complexity.control(complexity.kappa(*found), config.complexity, config.seed)
     return (*found, kappa)
 
@@ -285,19 +309,20 @@ def _measure(
 def _named(space: Space, label: Ints, book: Phrasebook) -> tuple[list[str], NDArray[np.bool_]]:
     """A name for every concept, and (n,) whether it tells a pair's images from its siblings' at twice chance."""
     theme, concept = label[0], label[1]
-    inside = np.ones(len(theme), bool)
-    names = [""] * (int(concept.max()) + 1)
-    groups = _groups(theme)
-    for members, page in zip(groups, book.split(theme, len(groups)), strict=True):
-        numbers, local = np.unique(concept[members], return_inverse=True)
+    groups, sibling = _groups(theme), np.full(len(theme), -1, np.int64)
+    pages = book.split(theme, len(groups))
+    number, inside = np.zeros(int(concept.max()) + 1, np.int64), np.zeros(len(theme), np.int64)
+    for i in space.team.deal([len(members) for members in groups]):
+        members = groups[i]
+        numbers, local, sizes = np.unique(concept[members], return_inverse=True, return_counts=True)
         k = len(numbers)
-        sibling = np.full(len(theme), -1, np.int64)
         sibling[members] = local
         # mypy has no type for a lambda with a default, which binds this turn's members
         text = group_means(lambda at, m=members: space.raw_text(m[at]), local, k)  # type: ignore[misc]
-        found, phrase = page.name(sibling, text, space.text_mean, "concept")
-        for number, name in zip(numbers, found, strict=True):
-            names[number] = name
+        phrase = pages[i].choose(sibling, sizes, text, space.text_mean)
+        sibling[members] = -1
+        number[numbers] = phrase
+        inside[members] = 1
         if k < 2:
             continue
         right = np.zeros(k)
@@ -306,8 +331,15 @@ def _named(space: Space, label: Ints, book: Phrasebook) -> tuple[list[str], NDAr
             logits[:, phrase < 0] = -np.inf
             right += np.bincount(local[part], weights=logits.argmax(axis=1) == local[part], minlength=k)
         # Of two or three siblings twice chance would ask for (nearly) every image: half of them is enough.
-        inside[members] = (right / np.bincount(local, minlength=k) >= min(2.0 / k, 0.5))[local]
-    return names, inside
+        inside[members] = (right / sizes >= min(2.0 / k, 0.5))[local]
+    space.team.add(number)
+    space.team.add(inside)
+    names = [""] * len(number)
+    for members in groups:
+        numbers = np.unique(concept[members])
+        for each, name in zip(numbers, book.words_of(number[numbers], "concept"), strict=True):
+            names[each] = name
+    return names, inside.astype(bool)
 
 
 def _finish(
@@ -333,14 +365,17 @@ def _finish(
     counts = np.array([len(p) for p in parents])
     offset = np.concatenate([[0], np.cumsum(counts)[:-1]])
     by = (*KINDS[config.kind], "image")
+    visual, text = (
+        [group_means(take, local[level], int(counts[level]), space.team) for level in range(4)]
+        for take in (space.raw_image, space.raw_text)
+    )
     measures = [
-        np.stack(_measure(space, local[level], local[max(level - 1, 0)], by[level], config))
+        np.stack(_measure(space, local[level], local[max(level - 1, 0)], text[level], by[level], config))
         for level in (ROOT, THEME, CONCEPT, MODE)
     ]
     measured = np.concatenate(measures, axis=1).astype(np.float32)
-    text = [group_means(space.raw_text, local[level], int(counts[level])) for level in range(4)]
-    visual = [group_means(space.raw_image, local[level], int(counts[level])) for level in range(4)]
-    themes = book.name(local[1], text[1], space.text_mean, "theme")[0]
+    sizes = np.bincount(local[THEME])
+    themes = book.words_of(book.choose(local[THEME], sizes, text[THEME], space.text_mean), "theme")
     _, first = np.unique(local[2], return_index=True)
     named = [concepts[label[1, i]] for i in first]
     names = [["everything"], themes, named, [named[p] for p in parents[3]]]

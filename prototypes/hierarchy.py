@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class Hierarchy:
     def dimension(self) -> int:
         return int(self.visual.shape[1])
 
-    @property
+    @cached_property
     def sizes(self) -> Ints:
         """(M,) members of each node."""
         counts = np.bincount(self.label.ravel(), minlength=len(self.level))

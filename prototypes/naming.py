@@ -59,16 +59,21 @@ class Phrasebook:
         parts = np.split(order, np.searchsorted(of[order], np.arange(1, groups)))
         return [replace(self, phrase=self.phrase[part], position=self.position[part]) for part in parts]
 
-    def name(self, labels: Ints, text: Floats, origin: Floats, fallback: str) -> tuple[list[str], Ints]:
-        """Names of K sibling nodes and the phrase number of each; -1 where no phrase fits and `fallback` is used.
+    def words_of(self, number: Ints, fallback: str) -> list[str]:
+        """The names of sibling nodes by the numbers of their phrases; `fallback` and a count where that is -1."""
+        return [self.words[p].strip() if p >= 0 else f"{fallback} {i + 1}" for i, p in enumerate(number)]
 
-        `labels` (n,) says which sibling each kept pair is in (-1: none), `text` (K, D) are the siblings' raw mean
-        caption features. Directions are taken from the siblings' mean; from `origin` (D,) where there is only one.
+    def choose(self, labels: Ints, sizes: Ints, text: Floats, origin: Floats) -> Ints:
+        """The number of a phrase for each of K sibling nodes, every one another; -1 where none fits.
+
+        `labels` (n,) says which sibling each pair of this book is in, `sizes` (K,) are the siblings' pairs, `text`
+        (K, D) their raw mean caption features. Directions are taken from the siblings' mean; from `origin` (D,) where
+        there is only one.
         """
         k = len(text)
         node = labels[self.position]
         present, local = np.unique(self.phrase, return_inverse=True)
-        counts, pairs = np.zeros((k, len(present))), np.bincount(labels[labels >= 0], minlength=k)[:, None]
+        counts, pairs = np.zeros((k, len(present))), sizes[:, None]
         np.add.at(counts, (node, local), self.weight[self.phrase])
         total = np.maximum(counts.sum(axis=1, keepdims=True), 1e-12)
         share = counts / total
@@ -88,8 +93,7 @@ class Phrasebook:
                 taken.add(word.casefold())
                 if (number >= 0).all():
                     break
-        names = [self.words[p].strip() if p >= 0 else f"{fallback} {i + 1}" for i, p in enumerate(number)]
-        return names, number
+        return number
 
 
 def _descending(score: NDArray[np.float64]) -> Ints:

@@ -1,28 +1,35 @@
 """Arithmetic of unit vectors: seeding, spherical k-means, partitions with a smallest size, means of groups.
 
 Everything is seeded and reads features block by block through a `Take`, so that memory-mapped input of any
-length costs one block of rows (and one k-means sample) of memory. faiss does the searching, on its GPUs if it has any.
+length costs one block of rows (and one k-means sample) of memory. faiss does the searching, on a GPU if it has any.
+What takes a `Team` is shared by its processes, and has the same bits whatever their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
+
+from prototypes.team import ALONE, Team
 
 __all__ = [
     "BLOCK",
     "Floats",
     "Ints",
     "Take",
+    "assign",
     "blocks",
+    "by_first",
     "group_means",
     "nearest",
     "partition",
     "spherical_kmeans",
+    "total",
     "unit",
 ]
 
@@ -32,43 +39,50 @@ Take = Callable[[Ints], Floats]
 """Positions (n,) -> their features (n, D), float32, unit norm."""
 
 BLOCK = 16_384  # rows held as float32 at once
+PIECE = 256  # rows whose float64 copy stays in a core's cache
 POINTS_PER_CENTRE = 256  # k-means trains on at most this many rows per centre, as faiss does
 SEEDS_PER_CENTRE = 32  # greedy seeding looks at fewer: it costs several passes per centre
 ITERATIONS = 25
 SMALL = 200_000_000  # multiplications of one pass below which k-means may restart
 RESTARTS = 3
+TOGETHER = 1_000_000_000  # multiplications of one pass from which k-means is ours, and shared, rather than faiss's
+WHOLE = 2.0**30  # features are added as whole numbers of its inverse: 63 bits hold the sum of 2^32 unit rows
 GPU_FROM = 10_000_000_000  # multiplications of one pass from which moving it to a GPU pays
 
 
-def blocks(count: int, size: int = BLOCK) -> Iterator[slice]:
-    """Consecutive slices that cover range(count)."""
-    for start in range(0, count, size):
+def blocks(count: int, size: int = BLOCK, team: Team = ALONE) -> Iterator[slice]:
+    """Consecutive slices that cover range(count); this process's of them."""
+    for start in range(team.rank * size, count, team.size * size):
         yield slice(start, min(start + size, count))
 
 
-def unit(x: NDArray[np.floating]) -> Floats:
+def unit(x: NDArray[np.floating] | Ints) -> Floats:
     """Rows of `x` (..., D) scaled to norm 1 as float32; a zero row stays zero."""
-    wide = np.asarray(x, np.float64)
-    norm = np.linalg.norm(wide, axis=-1, keepdims=True)
-    scaled: Floats = (wide / np.maximum(norm, 1e-12)).astype(np.float32)
+    scaled = np.empty(x.shape, np.float32)
+    rows, into = x.reshape(-1, x.shape[-1]), scaled.reshape(-1, x.shape[-1])
+    for part in blocks(len(rows), PIECE):
+        wide = rows[part].astype(np.float64)
+        into[part] = wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), 1e-12)
     return scaled
 
 
-def nearest(x: Floats, centres: Floats, k: int = 1) -> tuple[Floats, Ints]:
-    """Scores and indices (n, k) of the centres with the largest inner product, best first."""
+def nearest(x: Floats, centres: Floats, k: int = 1, *, team: Team = ALONE) -> tuple[Floats, Ints]:
+    """Scores and indices (n, k) of the centres with the largest inner product, best first. Not shared."""
     x, centres = np.ascontiguousarray(x, np.float32), np.ascontiguousarray(centres, np.float32)
     if faiss.get_num_gpus() and x.size * len(centres) >= GPU_FROM:
-        scores, ids = faiss.knn_gpu(faiss.StandardGpuResources(), x, centres, k, metric=faiss.METRIC_INNER_PRODUCT)
+        own, metric = faiss.StandardGpuResources(), faiss.METRIC_INNER_PRODUCT
+        scores, ids = faiss.knn_gpu(own, x, centres, k, metric=metric, device=team.gpu)
     else:
         with _threads(x.size * len(centres)):
             scores, ids = faiss.knn(x, centres, k, metric=faiss.METRIC_INNER_PRODUCT)
     return np.asarray(scores, np.float32), np.asarray(ids, np.int64)
 
 
-def spherical_kmeans(x: Floats, k: int, seed: int, weights: Floats | None = None) -> Floats:
+def spherical_kmeans(x: Floats, k: int, seed: int, weights: Floats | None = None, *, team: Team = ALONE) -> Floats:
     """Centres (k, D) of unit norm for the rows of `x` (n, D), n >= k: greedy k-means++ seeds, then Lloyd's rounds.
 
-    Of a few restarts (one only, where a pass is expensive) the one with the largest similarity wins.
+    Of a few restarts (one only, where a pass is expensive) the one with the largest similarity wins. Rounds that are
+    expensive are shared by `team`.
     """
     n, dimension = x.shape
     if not 1 <= k <= n:
@@ -78,24 +92,50 @@ def spherical_kmeans(x: Floats, k: int, seed: int, weights: Floats | None = None
     best, best_score = np.empty((0, dimension), np.float32), -np.inf
     for attempt in range(RESTARTS if work < SMALL else 1):
         rng = np.random.default_rng([seed, attempt])
+        own = int(rng.integers(2**31 - 1))
+        start = x[_seeds(x, k, rng)]
+        if work >= TOGETHER and weights is None:
+            return _lloyd(x, start, team)
         clustering = faiss.Kmeans(
             dimension,
             k,
             niter=ITERATIONS,
             spherical=True,
-            seed=int(rng.integers(2**31 - 1)),
+            seed=own,
             min_points_per_centroid=1,
             max_points_per_centroid=max(POINTS_PER_CENTRE, -(-n // k)),
-            gpu=bool(work >= GPU_FROM and faiss.get_num_gpus()),
         )
         with _threads(work):
-            clustering.train(x, weights=weights, init_centroids=x[_seeds(x, k, rng)])
+            clustering.train(x, weights=weights, init_centroids=start)
             centres = unit(np.asarray(clustering.centroids))
-            scores = nearest(x, centres)[0][:, 0].astype(np.float64)
+            scores = nearest(x, centres, team=team)[0][:, 0].astype(np.float64)
         score = float(scores.sum() if weights is None else scores @ weights)
         if score > best_score:
             best, best_score = centres, score
     return best
+
+
+def _lloyd(x: Floats, centres: Floats, team: Team) -> Floats:
+    """Lloyd's rounds from `centres` (k, D), every process with its blocks of `x`; a centre without rows stays.
+
+    Sums are of whole numbers, so that they are the same bits in whatever order, by whatever number of processes.
+    """
+    for _ in range(ITERATIONS):
+        sums = np.zeros(centres.shape, np.int64)
+        for part in blocks(len(x), BLOCK // 4, team):
+            rows = np.rint(x[part].astype(np.float64) * WHOLE).astype(np.int64)
+            _add(sums, nearest(x[part], centres, team=team)[1][:, 0], rows)
+        team.add(sums)
+        centres = np.where(sums.any(axis=1, keepdims=True), unit(sums), centres)
+    return np.ascontiguousarray(centres)
+
+
+def _add(sums: NDArray[Any], labels: Ints, x: NDArray[Any]) -> None:
+    """Add the rows of `x` (n, D) to those of `sums` (groups, D) that `labels` (n,) name, in order of rows."""
+    order = np.argsort(labels, kind="stable")
+    present, starts = np.unique(labels[order], return_index=True)
+    for group, rows in zip(present, np.split(order, starts[1:]), strict=True):
+        sums[group] += x[rows].sum(axis=0, dtype=sums.dtype)  # as np.add.reduceat, 3 to 15 times as fast
 
 
 @contextmanager
@@ -133,7 +173,7 @@ def _seeds(x: Floats, k: int, rng: np.random.Generator) -> Ints:
     return seeds
 
 
-def partition(take: Take, members: Ints, k: int, smallest: int, seed: int) -> Ints:
+def partition(take: Take, members: Ints, k: int, smallest: int, seed: int, team: Team = ALONE) -> Ints:
     """Labels (n,) of the positions `members`: at most `k` groups of at least `smallest`, numbered by first member.
 
     Groups that come out too small are dissolved, smallest first, into the nearest that are left.
@@ -145,10 +185,8 @@ def partition(take: Take, members: Ints, k: int, smallest: int, seed: int) -> In
     if len(members) > POINTS_PER_CENTRE * k:
         rng = np.random.default_rng([seed, len(members)])
         sample = members[np.sort(rng.choice(len(members), POINTS_PER_CENTRE * k, replace=False))]
-    centres = spherical_kmeans(take(sample), k, seed)
-    labels = np.empty(len(members), np.int64)
-    for part in blocks(len(members)):
-        labels[part] = nearest(take(members[part]), centres)[1][:, 0]
+    centres = spherical_kmeans(take(sample), k, seed, team=team)
+    labels = assign(take, members, centres, team)
     alive = np.arange(k)
     while True:
         sizes = np.bincount(labels, minlength=k)[alive]
@@ -158,8 +196,17 @@ def partition(take: Take, members: Ints, k: int, smallest: int, seed: int) -> In
         alive = alive[alive != gone]
         moved = np.flatnonzero(labels == gone)
         if len(moved):
-            labels[moved] = alive[nearest(take(members[moved]), centres[alive])[1][:, 0]]
+            labels[moved] = alive[nearest(take(members[moved]), centres[alive], team=team)[1][:, 0]]
     return by_first(labels)
+
+
+def assign(take: Take, members: Ints, centres: Floats, team: Team = ALONE) -> Ints:
+    """The nearest centre (n,) of every one of the positions `members`."""
+    labels = np.zeros(len(members), np.int64)
+    for part in blocks(len(members), team=team):
+        labels[part] = nearest(take(members[part]), centres, team=team)[1][:, 0]
+    team.add(labels)
+    return labels
 
 
 def by_first(labels: Ints) -> Ints:
@@ -170,15 +217,26 @@ def by_first(labels: Ints) -> Ints:
     return order[inverse]
 
 
-def group_means(take: Take, labels: Ints, groups: int) -> Floats:
+def total(take: Take, count: int, team: Team = ALONE) -> NDArray[np.float64]:
+    """The sum (D,) of the features of positions 0..count-1: each block's, added in their order."""
+    parts = list(blocks(count))
+    sums = np.zeros((len(parts), take(np.arange(1)).shape[1]))
+    for i in range(team.rank, len(parts), team.size):
+        sums[i] = take(np.arange(parts[i].start, parts[i].stop)).sum(axis=0, dtype=np.float64)
+    team.add(sums)
+    whole: NDArray[np.float64] = sums.cumsum(axis=0)[-1]
+    return whole
+
+
+def group_means(take: Take, labels: Ints, groups: int, team: Team = ALONE) -> Floats:
     """Unit means (groups, D) of the features of positions 0..n-1, where `labels` (n,) says each one's group."""
-    sums: NDArray[np.float64] | None = None
+    if groups == 1:
+        return unit(total(take, len(labels), team)[None])
+    mine = np.zeros(groups, bool)
+    mine[team.deal(np.bincount(labels, minlength=groups))] = True
+    sums = np.zeros((groups, take(np.arange(1)).shape[1]))
     for part in blocks(len(labels)):
-        order = np.argsort(labels[part], kind="stable")
-        x = take(part.start + order).astype(np.float64)
-        present, starts = np.unique(labels[part][order], return_index=True)
-        if sums is None:
-            sums = np.zeros((groups, x.shape[1]))
-        sums[present] += np.add.reduceat(x, starts, axis=0)
-    assert sums is not None
+        at = part.start + np.flatnonzero(mine[labels[part]])
+        _add(sums, labels[at], take(at))
+    team.add(sums)
     return unit(sums)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn import functional as F
 
 from gram_core import meta
@@ -117,12 +117,9 @@ def run(
 def main() -> None:
     torch.set_num_threads(1)
     folder, steps, pause = Path(sys.argv[1]), int((sys.argv[2:] or ["12"])[0]), float((sys.argv[3:] or ["0"])[0])
-    if "RANK" in os.environ:
-        distributed.init_process_group("gloo")
-    run(folder, tasks=ToyTasks(pause=pause), steps=steps)
-    assert meta.World.here().size == int(os.environ.get("WORLD_SIZE", "1"))
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
+    with meta.joined():
+        run(folder, tasks=ToyTasks(pause=pause), steps=steps)
+        assert meta.World.here().size == int(os.environ.get("WORLD_SIZE", "1"))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from prototypes import cache
 from prototypes.cluster import ClusterConfig, Sizes
+from prototypes.team import Team
 from prototypes.vectors import unit
 
 FINGERPRINT = "ab" * 32
+T = TypeVar("T")
 THEMES, CONCEPTS, MODES, EACH, D = 3, 4, 2, 12, 64
 SIZES = Sizes(themes=THEMES, concepts=(CONCEPTS,) * 2, modes=(MODES,) * 2, smallest_concept=5, smallest_mode=3)
 CONFIG = ClusterConfig(quantile=0.0, duplicate=1.1, sizes=SIZES)  # nothing is dropped
@@ -68,3 +74,36 @@ def same_grouping(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two labelings cut alike."""
     pairs = set(zip(a.tolist(), b.tolist(), strict=True))
     return len(pairs) == len(set(a.tolist())) == len(set(b.tolist()))
+
+
+class Together(Team):
+    """The processes of a team as threads of this one; what they add meets in `board`, one array for each."""
+
+    board: list[np.ndarray | None]
+    barrier: threading.Barrier
+
+    def add(self, values: np.ndarray) -> None:
+        self.board[self.rank] = values.copy()
+        self.barrier.wait(20)
+        order = np.random.default_rng(len(values)).permutation(self.size)  # an all-reduce has an order of its own
+        values[...] = sum(self.board[rank] for rank in order)  # type: ignore[arg-type]  # all have put theirs there
+        self.barrier.wait(20)
+
+
+def together(size: int, work: Callable[[Team], T]) -> list[T]:
+    """What every process of a team of `size` gets from `work`."""
+    board, barrier = [None] * size, threading.Barrier(size)
+    teams = [Together(rank, size) for rank in range(size)]
+    for team in teams:
+        object.__setattr__(team, "board", board)
+        object.__setattr__(team, "barrier", barrier)
+
+    def one(team: Team) -> T:
+        try:
+            return work(team)
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        return [future.result() for future in [pool.submit(one, team) for team in teams]]

@@ -37,6 +37,7 @@ ELSEWHERE = {
     ".venv/bin/python -m gram_core.evaluate": "tests/test_evaluate.py",
     "python -m gram_core.train": "tests/test_train.py",
     "GRAM_CHECKPOINT=OUT/checkpoint python -m server": "tests/test_server_gram.py",
+    "torchrun": "tests/test_train.py",
     "gram doctor": "tests/test_doctor.py",
     "pip install": "what runs this",
     "serve ": "tests/test_ray.py",

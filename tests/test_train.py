@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from gram_core import gram, meta, pairs, train, unseen
 from gram_core.backbone import file_sha256, load
@@ -179,17 +179,41 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_bytes(
     assert content(out) == content(good)
 
 
+def torchrun(*program: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    start = ["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+    whole = [sys.executable, "-m", "torch.distributed.run", *start, *program]
+    return subprocess.run(whole, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
+
+
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes(good: Path, folder: Path, tmp_path: Path, tiny_dir: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    whole = [*torchrun, *command(folder, tmp_path / "out", tiny_dir)]
-    done = subprocess.run(whole, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
+    done = torchrun(*command(folder, tmp_path / "out", tiny_dir))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("meta-training: 6 of 6 steps") == 1
-    one, two = (load_file(out / "checkpoint" / "gram.safetensors") for out in (good, tmp_path / "out"))
-    for name, w in one.items():
-        torch.testing.assert_close(two[name], w, rtol=1e-5, atol=1e-7)
-    assert (tmp_path / "out/checkpoint/bank.safetensors").read_bytes() == content(good)["bank.safetensors"]
+    assert content(tmp_path / "out") == content(good)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["features", "meta"])
+def test_a_process_that_is_killed_is_started_again_and_the_bytes_are_those_of_an_undisturbed_run(
+    good: Path, folder: Path, tmp_path: Path, tiny_dir: Path, stage: str
+) -> None:
+    out = tmp_path / "out"
+    done = torchrun("-m", "tests.elastic_fixtures", stage, *command(folder, out, tiny_dir)[2:], restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert "exitcode: -9" in done.stderr
+    assert content(out) == content(good)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_were_killed(good: Path, folder: Path, tmp_path: Path, tiny_dir: Path) -> None:
+    for stage in ("features", "meta"):
+        ended = torchrun("-m", "tests.elastic_fixtures", stage, *command(folder, tmp_path / "out", tiny_dir)[2:])
+        assert ended.returncode == 1
+    step = json.loads(safe_open(tmp_path / "out" / "meta" / meta.STATE, "pt").metadata()["state"])["step"]
+    assert 0 < step < 6
+    made(folder, tmp_path / "out", tiny_dir)
+    assert content(tmp_path / "out") == content(good)
 
 
 # ---- what is wrong is said
