@@ -109,7 +109,7 @@ class ClassSets:
             self._keep(owner, found)
             if self._folder is not None:
                 with suppress(OSError):
-                    os.utime(self._file(owner, identity))  # every replica goes by it
+                    _used_now(self._file(owner, identity))
             return found
 
     def use(self, owner: str | None, identity: str, classifier: Classifier) -> Any:
@@ -206,6 +206,7 @@ class ClassSets:
             file.parent.mkdir(exist_ok=True)
             temporary = file.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
             temporary.write_text(json.dumps(asdict(found)), encoding="utf-8")
+            _used_now(temporary)
             temporary.replace(file)
         except OSError:
             log.exception("a class set can't be written to GRAM_CLASS_SET_DIR; it is kept in memory alone")
@@ -233,3 +234,9 @@ def _writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InvalidSettings(f"GRAM_CLASS_SET_DIR can't be written to: {error.strerror}.") from None
+
+
+def _used_now(file: Path) -> None:
+    """Every replica goes by the time of a file; the system's own is that of its last tick, the same for many."""
+    now = time.time_ns()
+    os.utime(file, ns=(now, now))
