@@ -215,7 +215,8 @@ def command(folder: Path, steps: int, pause: float = 0.0) -> list[str]:
     return [sys.executable, "-m", "tests.meta_fixtures", str(folder), str(steps), str(pause)]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # by default `tests/test_train.py` kills in every stage
+@pytest.mark.parametrize("kills", [1, 3])
 def test_a_run_killed_at_random_moments_goes_on_to_the_same_bytes(tmp_path: Path, kills: int) -> None:
     """SIGKILL at moments that differ from run to run; the state is kept every third of 40 steps."""
     steps = 40
