@@ -286,28 +286,100 @@ def gram_cost(report: Row) -> Iterator[str]:
     yield from table(head, [[str(row[name]) for name in names] for row in report["rows"]])
 
 
-def clustering(report: Row) -> Iterator[str]:
-    """`benchmarks/clustering.py`."""
-    yield "## Cost of clustering"
+def scale(report: Row) -> Iterator[str]:
+    """`benchmarks/scale.py`."""
+    yield "## How training grows with the corpus"
     yield ""
-    yield "    python benchmarks/clustering.py --million"
+    sizes = " ".join(f"{row['pairs']}x{row['dimension']}" for row in report["rows"])
+    yield f"    python benchmarks/scale.py --repeats {report['processes']['repeats']} --sizes {sizes}"
     yield ""
-    yield f"Synthetic pairs, tree and bank, {report['machine']}, {report['date']}; the machine had other work."
+    yield (
+        f"Synthetic pairs, one process with one thread, {report['machine']}, {report['date']}. Core-seconds, which "
+        "other work disturbs least; memory is what the process has of its own, without pages of mapped files. "
+        "Duplicates: near-duplicates dropped / pairs of them of which both stayed."
+    )
     yield ""
+    stages = [name for name in report["rows"][0]["core_s"] if name != "all"]
     rows = [
         [
             f"{row['pairs']:,} x {row['dimension']}",
-            f"{row['seconds']:,}",
-            ", ".join(f"{name} {value:g}" for name, value in row["stages_s"].items()),
-            f"{row['peak_anonymous_mb']:,}",
-            f"{row['features_mb']:,}",
-            f"{row['themes']} / {row['concepts']:,} / {row['modes']:,} / {row['prototypes']:,}",
+            f"{row['core_s']['all']:,.0f}",
+            ", ".join(f"{name} {row['core_s'][name]:.3g}" for name in stages),
+            f"{row['memory_mb']:,}",
+            f"{row['cache_mb']:,} + {row['tree_mb']:,}",
+            " / ".join(f"{count:,}" for count in row["nodes"]),
+            " / ".join(f"{count:,}" for count in row["duplicates"]),
+            f"{row['search_us']:.0f}",
+            f"{row['episode_ms']:.1f}",
         ]
-        for row in report["results"]
+        for row in report["rows"]
     ]
-    head = ["pairs", "seconds", "by stage", "peak memory of its own, MB", "features on disk, MB",
-            "themes / concepts / modes / prototypes"]  # fmt: skip
+    head = ["pairs", "core-seconds", "by stage", "memory, MB", "disk: features + tree, MB",
+            "themes / concepts / modes / prototypes", "duplicates", "a search, us", "an episode, ms"]  # fmt: skip
     yield from table(head, rows)
+    yield "Power of the pairs, or of the dimension, that fits each stage (± half of a 95 % interval):"
+    yield ""
+    names = list(next(iter(report["laws"].values())))
+    rows = [
+        [name, *(f"{law[name]['power']:.2f} ± {law[name]['half']:.2f}" for law in report["laws"].values())]
+        for name in names
+    ]
+    yield from table(["", *report["laws"]], rows)
+    yield from shared(report["processes"])
+    source = report["corpora"]["from"]
+    yield "**What corpora would need**, estimated (assumptions: `docs/operations.md`)"
+    yield ""
+    yield (
+        f"From {source['core_s']:,.0f} core-seconds and {source['memory_mb']:,} MB at {source['pairs']:,} x 512, by "
+        f"the powers {max(source['power']['power'], 1):.2f} and {max(source['memory_power']['power'], 1):.2f} of the "
+        f"pairs: those of {min(source['over']):,} to {max(source['over']):,} pairs x {source['dimension']} "
+        f"({source['power']['power']:.2f} and {source['memory_power']['power']:.2f}), but 1 at least."
+    )
+    yield ""
+    yield from corpora(report["corpora"])
+
+
+def corpora(report: Row) -> Iterator[str]:
+    """What is computed from the measured law; `docs/operations.md` repeats it."""
+    rows = [
+        [
+            f"{name}, {row['pairs'] / 1e6:g} M",
+            " / ".join(f"{hours:,.2g}" for hours in row["gpu_hours"].values()),
+            f"{row['picture_core_hours']:,.0f}",
+            f"{row['clustering_core_hours']:,.1f}",
+            f"{row['memory_gb']:,.1f}",
+            f"{row['features_gb']:,.0f} + {row['text_gb']:,.1f}",
+        ]
+        for name, row in report["rows"].items()
+    ]
+    models = " / ".join(next(iter(report["rows"].values()))["gpu_hours"])
+    head = ["corpus, pairs", f"towers, GPU-hours ({models})", "pictures to tensors, core-hours",
+            "tree and bank, core-hours", "memory of each process, GB", "disk: features + text, GB"]  # fmt: skip
+    yield from table(head, rows)
+
+
+def shared(report: Row) -> Iterator[str]:
+    """Two processes against one, of `benchmarks/scale.py`."""
+    yield "**One process and two**"
+    yield ""
+    yield (
+        f"One thread each, on the same two cores, by turns, {report['repeats']} runs of each: medians, their ratio and "
+        f"its range over pairs of runs. Other work on the machine took {report['others_cores']:.1f} of the two cores "
+        "meanwhile, which seconds contain; core-seconds of the busier process say how evenly work is dealt, and "
+        f"leave out waiting. Training of `gram-mini` on {report['pictures']:,} pictures, {report['meta_steps']} steps; "
+        f"clustering and bank of {report['planted']} planted pairs. Different checkpoints among the runs: "
+        f"{report['checkpoints']} (1: bit for bit the same)."
+    )
+    yield ""
+    rows = []
+    for stage, row in report["stages"].items():
+        cells = [stage]
+        for what in ("core", "wall"):
+            one, two = row[what]["s"]
+            low, high = row[what]["range"]
+            cells += [f"{one:.1f} / {two:.1f}", f"{row[what]['ratio']:.2f} ({low:.2f} to {high:.2f})"]
+        rows.append(cells)
+    yield from table(["stage", "core-seconds, one / busier of two", "ratio", "seconds, one / two", "ratio"], rows)
 
 
 def load(report: Row) -> Iterator[str]:
@@ -455,8 +527,8 @@ def document(folder: Path) -> str:
         lines += mechanism(found["mechanism"])
     if "gram_cost" in found:
         lines += gram_cost(found["gram_cost"])
-    if "clustering" in found:
-        lines += clustering(found["clustering"])
+    if "scale" in found:
+        lines += scale(found["scale"])
     lines += text_path([found[n] for n in found if n.startswith("text_path")])
     lines += throughput(found["throughput"])
     for name, show in (("batching", batching), ("load", load), ("soak", soak)):

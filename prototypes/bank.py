@@ -223,7 +223,7 @@ class PrototypeBank:
         levels = [_of_modes(tree, Space(cache, cache.rows(tree.keys), team=team), bounds[MODE], seed)]
         parents: list[Ints] = []
         for level in (CONCEPT, THEME, ROOT):
-            above, parent = _above(tree, levels[0], level, bounds.get(level, (1, 1)), seed)
+            above, parent = _above(tree, levels[0], level, bounds.get(level, (1, 1)), seed, team)
             levels, parents = [above, *levels], [parent, *parents]
         sizes = [len(level.node) for level in levels]
         starts = np.cumsum([0, *sizes])
@@ -288,28 +288,32 @@ def _of_modes(tree: Hierarchy, space: Space, bounds: tuple[int, int], seed: int)
     return _Level(visual, text, phi.astype(np.float32), node, sizes.astype(np.int64), keys)
 
 
-def _above(tree: Hierarchy, below: _Level, level: int, bounds: tuple[int, int], seed: int) -> tuple[_Level, Ints]:
+def _above(
+    tree: Hierarchy, below: _Level, level: int, bounds: tuple[int, int], seed: int, team: Team
+) -> tuple[_Level, Ints]:
     """Prototypes of `level` over the centres right below, and which of them each of those belongs to."""
     centred = unit(below.visual - tree.visual_mean)
     weight = below.count.astype(np.float32)
-    parent = np.empty(len(below.node), np.int64)
-    node: list[int] = []
     nodes, above = tree.nodes(level), tree.parent[below.node]  # children of one node are together
     families = np.split(np.arange(len(above)), np.searchsorted(above, nodes[1:]))
-    for u, k, children in zip(nodes, complexity.prototypes(tree.kappa[nodes], *bounds), families, strict=True):
-        label = np.zeros(len(children), np.int64)
-        if k > 1 and len(children) > 1:
-            centres = spherical_kmeans(centred[children], int(min(k, len(children))), seed, weight[children])
-            label = by_first(nearest(centred[children], centres)[1][:, 0])
-        parent[children] = label + len(node)
-        node += [int(u)] * (int(label.max()) + 1)
+    wanted = complexity.prototypes(tree.kappa[nodes], *bounds)
+    own, counts = np.zeros(len(above), np.int64), np.zeros(len(nodes), np.int64)
+    for i in team.deal([len(family) for family in families]):
+        family, k = families[i], int(min(wanted[i], len(families[i])))
+        if k > 1:
+            centres = spherical_kmeans(centred[family], k, seed, weight[family])
+            own[family] = by_first(nearest(centred[family], centres)[1][:, 0])
+        counts[i] = own[family].max() + 1
+    team.add(own)
+    team.add(counts)
+    parent = own + (np.cumsum(counts) - counts)[above - nodes[0]]
+    node = np.repeat(nodes, counts)
     m, d = len(node), below.visual.shape[1]
     sums = np.zeros((2, m, d))
     for i, x in enumerate((below.visual, below.text)):
         np.add.at(sums[i], parent, x * weight[:, None].astype(np.float64))
-    made = np.array(node, np.int64)
     count = np.bincount(parent, weights=below.count).astype(np.int64)
-    return _Level(unit(sums[0]), unit(sums[1]), tree.concentration[made], made, count), parent
+    return _Level(unit(sums[0]), unit(sums[1]), tree.concentration[node], node, count), parent
 
 
 def _rescaled(phi: Floats) -> Floats:

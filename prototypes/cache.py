@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,23 @@ class FeatureCache:
 
     def keys(self) -> list[str]:
         """The pairs' keys in row order; each occurs once."""
-        keys = [str(line["key"]) for line in self._lines("keys.jsonl", "key", len(self))]
-        if len(set(keys)) != len(keys):
-            raise ValueError(f"{self.folder / 'keys.jsonl'} names a key twice; every pair needs a key of its own.")
-        return keys
+        return self._listed[0]
 
     def captioned(self) -> NDArray[np.bool_]:
         """(N,) whether a pair has a caption with words in it."""
-        lines = self._lines("keys.jsonl", "key", len(self))
-        return np.fromiter((any(str(c).strip() for c in line.get("captions") or ()) for line in lines), bool, len(self))
+        return self._listed[1]
+
+    @cached_property
+    def _listed(self) -> tuple[list[str], NDArray[np.bool_]]:
+        """What is read of `keys.jsonl`, once: it takes longer than many a pass over features."""
+        keys, captioned = [], np.zeros(len(self), bool)
+        for i, line in enumerate(self._lines("keys.jsonl", "key", len(self))):
+            if i < len(self):  # more lines than pairs are refused once all are read
+                keys.append(str(line["key"]))
+                captioned[i] = any(str(c).strip() for c in line.get("captions") or ())
+        if len(set(keys)) != len(keys):
+            raise ValueError(f"{self.folder / 'keys.jsonl'} names a key twice; every pair needs a key of its own.")
+        return keys, captioned
 
     def captions(self, row: int) -> list[str]:
         """The captions of one pair; reads the file up to it."""

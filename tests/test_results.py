@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import results
 from gram_core.config import read
 from gram_core.evaluate.methods import METHODS
 from gram_core.evaluate.options import EvaluateConfig
@@ -23,6 +24,11 @@ SUMMARIES = sorted((ROOT / "benchmarks" / "results").glob("evaluate*.json"))
 def test_the_record_says_what_its_json_says() -> None:
     result = subprocess.run([sys.executable, "benchmarks/results.py", "--check"], cwd=ROOT, capture_output=True)
     assert result.returncode == 0, result.stderr.decode()
+
+
+def test_the_estimates_for_large_corpora_are_those_of_the_benchmark() -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "scale.json").read_text())
+    assert "\n".join(results.corpora(report["corpora"])) in (ROOT / "docs" / "operations.md").read_text()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
