@@ -32,8 +32,10 @@ class Team:
         """This process, for work that it does not share."""
         return Team(gpu=self.gpu)
 
-    def add(self, values: NDArray[np.float64] | NDArray[np.int64]) -> None:
-        """Replace `values` by their sum over all processes."""
+    def add(self, values: NDArray[np.float64] | NDArray[np.int64]) -> None:  # noqa: ARG002 (for those that share)
+        """Replace `values` by their sum over all processes; who connects several gives it its meaning."""
+        if self.size > 1:
+            raise NotImplementedError("a team of several processes needs an `add` of its own")
 
     def deal(self, costs: ArrayLike) -> NDArray[np.int64]:
         """This process's share of tasks 0..n-1, in order: the dearest first, each to who has the least to do."""

@@ -138,3 +138,9 @@ def test_every_process_searches_on_the_gpu_of_its_own(monkeypatch: pytest.Monkey
     assert cards == [1, 1]
     partition(x.__getitem__, np.arange(40), 3, 1, 0, Team(gpu=2))
     assert set(cards) == {1, 2}
+
+
+def test_several_processes_that_nobody_connected_are_an_error_not_a_wrong_sum() -> None:
+    Team().add(np.ones(3))
+    with pytest.raises(NotImplementedError, match="of its own"):
+        Team(rank=0, size=2).add(np.ones(3))
