@@ -88,7 +88,7 @@ class Ingress:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        exchange = scope["gram.exchange"] = Exchange(_request_id(headers), traceparent=traceparent(headers))
+        exchange = scope["gram.exchange"] = Exchange(request_id(headers), traceparent=traceparent(headers))
         route = scope["path"] if scope["path"] in self.paths else "other"
         status = CLIENT_GONE
         peer = (scope.get("client") or ("",))[0]
@@ -343,7 +343,7 @@ def split_multipart(body: bytes | bytearray, content_type: str, *, max_parts: in
     return parts
 
 
-def _request_id(headers: Headers) -> str:
+def request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
     if REQUEST_ID.fullmatch(given):
         return given

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, Pos
 from ray import serve
 from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 from ray.serve.config import AutoscalingContext
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -30,6 +31,7 @@ from server.__main__ import WAIT_QUIETLY, bind, code_of, fetch_model, give_up, l
 from server.app import create_app, metrics_app
 from server.engine import Classifier, Engine
 from server.errors import ApiError
+from server.ingress import request_id
 from server.logs import last_words, log_to_stderr
 from server.service import Service, load_classifier
 from server.settings import InvalidSettings, Settings, read_settings
@@ -260,8 +262,10 @@ class Retry:
                 break
         if not answered and not gone:
             refusal = ApiError("accelerator_failed", "the replica that had this request died. Try again.")
-            body = refusal.envelope(dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1"))
-            named = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
+            identity = request_id(Headers(scope=scope))
+            body = refusal.envelope(identity)
+            named = {"content-type": "application/json", "content-length": str(len(body)), "x-request-id": identity}
+            named |= refusal.headers
             raw = [(name.encode(), value.encode()) for name, value in named.items()]
             await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
             await send({"type": "http.response.body", "body": body})

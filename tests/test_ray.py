@@ -425,7 +425,13 @@ async def echoes(_: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": sent})
 
 
-def through(replies: Sequence[Reply], method: str = "POST", path: str = "/v1/classify", size: int = 3) -> Any:
+def through(
+    replies: Sequence[Reply],
+    method: str = "POST",
+    path: str = "/v1/classify",
+    size: int = 3,
+    identity: str = "mine",
+) -> Any:
     """One request through the middleware; replies are those of its tries."""
     left = list(replies)
 
@@ -439,7 +445,7 @@ def through(replies: Sequence[Reply], method: str = "POST", path: str = "/v1/cla
     async def ask() -> httpx.Response:
         transport: Any = httpx.ASGITransport(cast(Any, Retry(app)))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            headers = {"x-request-id": "mine"}
+            headers = {"x-request-id": identity}
             return await client.request(method, path, content=content() if size else None, headers=headers)
 
     response = asyncio.run(ask())
@@ -466,6 +472,13 @@ def test_what_kills_two_replicas_is_503_and_so_is_what_must_not_be_asked_twice(
         error = ErrorAnswer.model_validate_json(response.content).error
         assert (response.status_code, error.code, error.request_id) == (503, "accelerator_failed", "mine")
         assert response.headers["retry-after"] == "1"
+        assert response.headers["x-request-id"] == "mine"
+
+
+def test_a_refusal_of_the_proxy_repeats_no_request_id_that_the_server_would_not() -> None:
+    response = through([dies, dies], identity="x" * 10_000)
+    assert len(response.content) <= 4096
+    assert ErrorAnswer.model_validate_json(response.content).error.request_id == response.headers["x-request-id"]
 
 
 def test_the_posts_that_are_asked_again_are_those_of_the_app_that_work_under_ray() -> None:
