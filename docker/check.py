@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import socket
 import struct
 import subprocess
@@ -25,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -34,8 +33,10 @@ SERVICE: dict[str, Any] = yaml.safe_load((ROOT / "docker" / "compose.yaml").read
 ASKED, ASKING = ("gram-asked", "10.213.0.1"), ("gram-asking", "10.213.0.2")  # network namespaces and their addresses
 PORT = 8000
 PATIENCE_S = 120.0
+STRANGERS = "strangers"  # the file that the sniffer writes
 
-STRANGER = "198.51.100.1"  # of a block that is kept for documents: nobody has it
+# Of a block that is kept for documents: nobody has them. Looking up any name asks the second.
+STRANGER, RESOLVER = "198.51.100.1", "198.51.100.53"
 
 CLIENT = f"""
 import io, json
@@ -58,10 +59,10 @@ def main() -> int:
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     options.add_argument("--image", default="gram-server")
     options.add_argument("--buildah", default="buildah")
-    options.add_argument("--sniff", type=float, help=argparse.SUPPRESS)
+    options.add_argument("--sniff", type=Path, help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.sniff is not None:
-        return sniff(chosen.sniff)
+        sniff(chosen.sniff)
     buildah = shlex.split(chosen.buildah)
     with tempfile.TemporaryDirectory() as folder, mounted(buildah, chosen.image) as image, network():
         checks = look(Image(*image), Path(folder))
@@ -149,13 +150,10 @@ class Image:
             if each["type"] == "network":
                 each["path"] = f"/run/netns/{namespace}"
         (folder / "hosts").write_text(f"127.0.0.1 localhost\n{ASKED[1]} server\n")  # as Docker's names do
-        hosts = {
-            "destination": "/etc/hosts",
-            "type": "bind",
-            "source": str(folder / "hosts"),
-            "options": ["rbind", "ro"],
-        }
-        spec["mounts"].append(hosts)
+        (folder / "resolv.conf").write_text(f"nameserver {RESOLVER}\noptions timeout:1 attempts:1\n")
+        for name in ("hosts", "resolv.conf"):
+            own = {"destination": f"/etc/{name}", "type": "bind", "source": str(folder / name)}
+            spec["mounts"].append(own | {"options": ["rbind", "ro"]})
         spec["linux"].pop("resources", None)
         (folder / "config.json").write_text(json.dumps(spec))
         return folder
@@ -172,8 +170,8 @@ def look(image: Image, folder: Path) -> dict[str, tuple[bool, Any]]:
     }
     serve = [*image.config["Entrypoint"], *image.config["Cmd"]]
     checks: dict[str, tuple[bool, Any]] = {}
-    here = ["ip", "netns", "exec", ASKING[0], sys.executable, __file__, "--sniff", str(PATIENCE_S)]
-    sniffer = subprocess.Popen(here, stdout=subprocess.PIPE, text=True)
+    here = ["ip", "netns", "exec", ASKING[0], sys.executable, __file__, "--sniff", str(folder / STRANGERS)]
+    sniffer = subprocess.Popen(here)
     began = time.monotonic()
     with (folder / "log").open("w") as log:
         bundle = image.bundle(folder / "server" / "bundle", ASKED[0], serve, environment)
@@ -198,21 +196,20 @@ def look(image: Image, folder: Path) -> dict[str, tuple[bool, Any]]:
         none = "0" * 16
         wanted = {"Uid": str(image.user["uid"]), "CapEff": none, "CapBnd": none, "NoNewPrivs": "1"}
         checks["rights"] = rights == wanted, rights
+        checks["packets to anyone else"] = (seen := heard(folder)) == [], seen
+        # Would they have been noticed? Now the container does send some.
+        inside("python", "-c", f"import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('{STRANGER}', 9))")
+        inside("python", "-c", "import socket; socket.getaddrinfo('example.org', 443)")
+        seen = heard(folder)
+        checks["packets of our own trial"] = seen == [STRANGER, RESOLVER], seen
         began = time.monotonic()
         output("runc", "kill", "gram-check", "TERM")
         code = server.wait(float(SERVICE["stop_grace_period"].removesuffix("s")))
         checks["SIGTERM: exit code, seconds"] = code == 0, [code, round(time.monotonic() - began, 1)]
-        send = f"import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('{STRANGER}', 9))"
-        output("ip", "netns", "exec", ASKED[0], sys.executable, "-c", send)  # so that a deaf sniffer is noticed
-        time.sleep(1.0)
     finally:
         quiet("runc", "delete", "--force", "gram-check")
-        sniffer.terminate()
-    seen = json.loads(sniffer.communicate()[0] or "[]")
-    checks["packets to anyone else, our own trial apart"] = (
-        seen == [STRANGER],
-        [each for each in seen if each != STRANGER],
-    )
+        sniffer.kill()
+        sniffer.wait()
     for name, more, expected in (
         ("no GPU", {"GRAM_DEVICE": "cuda"}, 65),
         ("unknown setting", {"GRAM_MAX_IMAGE": "1"}, 64),
@@ -245,23 +242,22 @@ def listening() -> list[int]:
     return sorted({int(row[1].rpartition(":")[2], 16) for row in rows})
 
 
-def sniff(seconds: float) -> int:
-    """Print what was sent to another address than the two of this network, until told to stop."""
-    seen: set[str] = set()
+def heard(folder: Path) -> list[str]:
+    """Whom the server's container has sent anything to, but for the other container."""
+    time.sleep(1.0)  # for what is on its way
+    told = folder / STRANGERS
+    return sorted(set(told.read_text().split())) if told.exists() else []
+
+
+def sniff(told: Path) -> NoReturn:
+    """Write whom the first network sends to, but for the two of this network, until killed."""
     ours = {socket.inet_aton(address) for _, address in (ASKED, ASKING)}
-    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as tap:
-        tap.settimeout(0.5)
-        end = time.monotonic() + seconds + PATIENCE_S
-        stop: list[bool] = []
-        signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-        while not stop and time.monotonic() < end:
-            with contextlib.suppress(TimeoutError):
-                packet = tap.recv(2048)
-                (kind,) = struct.unpack("!H", packet[12:14])
-                if kind == 0x0800 and packet[26:30] == socket.inet_aton(ASKED[1]) and packet[30:34] not in ours:
-                    seen.add(socket.inet_ntoa(packet[30:34]))
-    sys.stdout.write(json.dumps(sorted(seen)))
-    return 0
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) as tap, told.open("a", buffering=1) as out:
+        while True:
+            packet = tap.recv(2048)
+            (kind,) = struct.unpack("!H", packet[12:14])
+            if kind == 0x0800 and packet[26:30] == socket.inet_aton(ASKED[1]) and packet[30:34] not in ours:
+                out.write(socket.inet_ntoa(packet[30:34]) + "\n")
 
 
 def inside(*command: str) -> subprocess.CompletedProcess[str]:
